@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary: what one finished request is. Times are integers in nanoseconds.
+
+`start_ns` and `end_ns` are CLOCK_MONOTONIC (bpf_ktime_get_ns reads the same clock); `time` is the wall clock.
+The meaning of each phase is in docs/phases.md, which follows the design's metric catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+#: Where two phases happen at once, the wall time goes to the one that is named first. `other` is the remainder.
+PHASES = (
+    "storage_sync",
+    "storage_write",
+    "storage_read",
+    "metadata",
+    "network_receive",
+    "network_send",
+    "runqueue",
+    "queue",
+    "other",
+)
+
+#: The order in which a person reads them: the order in which they tend to happen.
+PHASES_AS_THEY_HAPPEN = (
+    "queue",
+    "network_receive",
+    "storage_write",
+    "storage_sync",
+    "storage_read",
+    "metadata",
+    "network_send",
+    "runqueue",
+    "other",
+)
+
+Outcome = Literal["complete", "client_closed", "server_closed", "unobserved"]
+OUTCOMES: tuple[Outcome, ...] = ("complete", "client_closed", "server_closed", "unobserved")
+
+Label = Literal["exact", "inferred", "shared", "unattributed"]
+LABELS: tuple[Label, ...] = ("exact", "inferred", "shared", "unattributed")
+
+#: What a request did, from its route: an artifact written or read, its metadata or its list of versions read.
+#: `other` is any other HTTP request, `unknown` one whose head was not seen.
+Operation = Literal["write", "read", "metadata", "list", "other", "unknown"]
+OPERATIONS: tuple[Operation, ...] = ("write", "read", "metadata", "list", "other", "unknown")
+
+
+@dataclass(slots=True)
+class FileWork:
+    """File system calls of one kind of file, counted; bytes are those the calls returned."""
+
+    opens: int = 0
+    write_calls: int = 0
+    write_bytes: int = 0
+    read_calls: int = 0
+    read_bytes: int = 0
+    syncs: int = 0
+    renames: int = 0
+
+    def record(self) -> dict[str, int]:
+        return {
+            "opens": self.opens,
+            "write_calls": self.write_calls,
+            "write_bytes": self.write_bytes,
+            "read_calls": self.read_calls,
+            "read_bytes": self.read_bytes,
+            "syncs": self.syncs,
+            "renames": self.renames,
+        }
+
+
+@dataclass(slots=True)
+class Attribution:
+    """How file work was tied to the request.
+
+    `unattributed_bytes`: bytes of storage work in the same process, within the request's life, that could be tied to no
+    request at all. It is what this request may own without being shown as its own: 0 says that nothing was left over.
+    """
+
+    label: Label
+    evidence: tuple[str, ...] = ()
+    unattributed_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Request:
+    """One finished HTTP request. Fields that were not seen are None, never a guess.
+
+    `phases` do not overlap and sum to the duration; `phase_totals` are each phase's own time and may overlap. Both in
+    ns, with only the phases that occurred (a missing one was not seen or took no time). `queue_stages`: the `queue`
+    phase by stage (`accept`, `read`), in ns.
+    """
+
+    id: str
+    conn: str
+    pid: int
+    wall_ns: int
+    start_ns: int
+    end_ns: int
+    operation: Operation
+    outcome: Outcome
+    method: str | None = None
+    route: str | None = None
+    bucket_id: str | None = None
+    artifact_id: str | None = None
+    version: str | None = None
+    request_id: str | None = None
+    status: int | None = None
+    bytes_in: int | None = None
+    bytes_out: int | None = None
+    phases: Mapping[str, int] = field(default_factory=dict)
+    phase_totals: Mapping[str, int] = field(default_factory=dict)
+    queue_stages: Mapping[str, int] = field(default_factory=dict)
+    files: FileWork = field(default_factory=FileWork)
+    metadata_files: FileWork = field(default_factory=FileWork)
+    other_files: FileWork = field(default_factory=FileWork)
+    attribution: Attribution = field(default_factory=lambda: Attribution("unattributed"))
+    #: Events about this request that the ring had no room for: its counts are lower bounds where this is not 0.
+    lost_events: int = 0
+
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+    def record(self) -> dict[str, object]:
+        """The JSON record: the contract's fields, durations in milliseconds with nanosecond digits."""
+        return {
+            "id": self.id,
+            "conn": self.conn,
+            "pid": self.pid,
+            "time": wall_text(self.wall_ns),
+            "start_ns": self.start_ns,
+            "end_ns": self.end_ns,
+            "operation": self.operation,
+            "method": self.method,
+            "route": self.route,
+            "bucket_id": self.bucket_id,
+            "artifact_id": self.artifact_id,
+            "version": self.version,
+            "request_id": self.request_id,
+            "status": self.status,
+            "outcome": self.outcome,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "duration_ms": self.duration_ns / 1e6,
+            "phases": {name: ns / 1e6 for name, ns in self.phases.items()},
+            "phase_totals": {name: ns / 1e6 for name, ns in self.phase_totals.items()},
+            "queue_stages": {name: ns / 1e6 for name, ns in self.queue_stages.items()},
+            "files": self.files.record(),
+            "metadata_files": self.metadata_files.record(),
+            "other_files": self.other_files.record(),
+            "attribution": {
+                "label": self.attribution.label,
+                "evidence": list(self.attribution.evidence),
+                "unattributed_bytes": self.attribution.unattributed_bytes,
+            },
+            "lost_events": self.lost_events,
+        }
+
+
+def wall_text(wall_ns: int) -> str:
+    """Wall-clock nanoseconds since the epoch as RFC 3339 in UTC with microseconds."""
+    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
+    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{text}.{nanoseconds // 1000:06d}Z"
