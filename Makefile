@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench truth
+python := .venv/bin/python
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing on a Debian 12 host (as root) and make .venv
+	@.ci/setup
+
+demo: setup ## Observe a reference Bucket under load and show where the time went (as root)
+	@$(python) -m bucketprobe.demo
+
+test: setup ## Run all tests (as root, for those that load probes)
+	$(python) -m pytest
+
+# mypy reads a plain copy: it does not follow the mapping of folders to packages that an editable install makes.
+lint: setup ## Check style with ruff and types with mypy
+	$(python) -m ruff check
+	@rm -rf build .venv/typecheck
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --target .venv/typecheck .
+	@rm -rf build
+	cd .venv/typecheck && ../bin/python -m mypy --config-file ../../pyproject.toml -p bucketprobe
+
+bench: setup ## Measure what the agent costs (as root)
+	@$(python) tests/bench/bench.py
+
+truth: setup ## Compare what the agent reports with servers that know the truth (as root)
+	$(python) -m pytest tests/truth -q

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent: wires everything together and runs the loop. The only module that sees all the others."""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bucketprobe import abi, bpf, broker, capture, decode, privileges, web, wire
+from bucketprobe.catalog import HealthSnapshot
+from bucketprobe.config import FileClasses, Settings
+from bucketprobe.errors import BucketprobeError, EnvironmentLack, UsageError
+from bucketprobe.exporters.jsonl import JsonLines, open_records
+from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
+from bucketprobe.model import OUTCOMES, Request
+from bucketprobe.sinks.metrics import MetricsSink
+from bucketprobe.tracker import Tracker
+
+#: How long the loop sleeps at most; the kernel wakes it earlier where the ring fills.
+PERIOD_SECONDS = 0.1
+#: How long the broker may take to attach: a cold compile on a slow machine.
+ATTACH_SECONDS = 120.0
+
+_WHAT_IS_MISSING = {
+    "sk_data_ready": "no tracepoint sk_data_ready: a request begins at its first read, and the queue phase is absent",
+    "tcp_receive_reset": "no tracepoint tcp_receive_reset: a reset by the client may count as closed by the server",
+}
+
+
+def log(text: str) -> None:
+    """One line of the agent's own log."""
+    sys.stderr.write(f"bucketprobe: {text}\n")
+    sys.stderr.flush()
+
+
+class WallClock:
+    """Wall time of kernel stamps: the tightest of a few readings gives the offset, measured again every second."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+        self.measure()
+
+    def measure(self) -> None:
+        best = None
+        for _ in range(3):
+            before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+            if best is None or after - before < best:
+                best = after - before
+                self._offset = wall - (before + after) // 2
+
+    def wall_ns(self, monotonic_ns: int) -> int:
+        return monotonic_ns + self._offset
+
+
+class BrokerLink:
+    """The agent's end of the socket to its broker."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.socket, theirs = wire.pair()
+        command = [sys.executable, "-I", "-m", "bucketprobe.broker", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        wire.send(self.socket, settings.as_dict())
+        self._waiting: deque[tuple[wire.Message, list[int]]] = deque()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def tell(self, message: wire.Message) -> None:
+        wire.send(self.socket, message)
+
+    def ask(self, message: wire.Message) -> wire.Message:
+        """Sends a question and waits for its answer, of the same `op`; what comes between is kept."""
+        wire.send(self.socket, message)
+        while True:
+            received = wire.receive(self.socket)
+            if received is None:
+                raise BucketprobeError("The broker ended, and with it the probes: start bucketprobe again.")
+            if received[0]["op"] == message["op"]:
+                return received[0]
+            self._waiting.append(received)
+
+    def messages(self) -> list[tuple[wire.Message, list[int]]]:
+        """What has come, without waiting. Raises BucketprobeError where the broker is gone."""
+        found = list(self._waiting)
+        self._waiting.clear()
+        while select.select([self.socket], [], [], 0)[0]:
+            received = wire.receive(self.socket)
+            if received is None:
+                raise BucketprobeError("The broker ended, and with it the probes: start bucketprobe again.")
+            found.append(received)
+        return found
+
+    def await_ready(self) -> tuple[wire.Message, list[int]]:
+        """The message that says that all is attached. Raises what the broker failed of."""
+        deadline = time.monotonic() + ATTACH_SECONDS
+        while select.select([self.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            received = wire.receive(self.socket)
+            if received is None:
+                raise BucketprobeError("The broker ended before the probes were attached: see the lines above, and run `bucketprobe doctor`.")
+            message = received[0]
+            if message["op"] == "ready":
+                return received
+            if message["op"] == "failed":
+                error = EnvironmentLack(message["text"])
+                error.exit_code = message["exit_code"]
+                raise error
+            if message["op"] == "log":
+                log(message["text"])
+            else:
+                self._waiting.append(received)
+        raise BucketprobeError(f"The probes were not attached within {ATTACH_SECONDS:.0f} s: run `bucketprobe doctor`.")
+
+    def close(self) -> None:
+        self.socket.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            log(f"the broker (pid {self._process.pid}) does not end; the probes go when it does")
+
+
+class Agent:
+    """One running agent. `open` prepares all that needs privileges, `run` gives them up and serves until a signal.
+
+    Raises BucketprobeError subclasses for whatever keeps it from running.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._clock = WallClock()
+        self._events: Counter[int] = Counter()
+        self._undecodable = 0
+        self._processes: dict[int, str] = {}
+        self._ring: bpf.Ring | None = None
+        self._stats_fd = -1
+        self._stats = dict.fromkeys(abi.Stat, 0)
+        self._stop = False
+        self._reopen = False
+        self._records: JsonLines | None = None
+
+    def run(self) -> None:
+        """Attaches, serves, and ends at SIGTERM or SIGINT with everything flushed."""
+        settings = self._settings
+        privileges.require_root_caps()
+        uid, _ = privileges.unprivileged_ids(settings.user)
+        control = capture.open_listener(Path(settings.run_dir), uid)
+        try:
+            listener = web.open_listener(settings.listen)
+            if settings.records is not None:
+                self._records = JsonLines(open_records(settings.records), settings.records, log)
+            link = BrokerLink(settings)
+            try:
+                self._serve(link, control.socket, listener)
+            finally:
+                link.close()
+        finally:
+            control.close()
+
+    def _serve(self, link: BrokerLink, control_socket: socket.socket, listener: socket.socket) -> None:
+        settings = self._settings
+        self._link = link
+        self._sink = MetricsSink(settings.tags.labels())
+        self._tracker = Tracker(FileClasses(settings.storage), self._clock.wall_ns, self._path_of, self._finished)
+        self._control = capture.ControlServer(control_socket, self._status, self._lost_flat)
+        text = PrometheusText(self._sink.collect, self._health)
+        wake, wake_end = socket.socketpair()
+        wake_end.setblocking(False)
+        signal.set_wakeup_fd(wake_end.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+        dropped = privileges.drop_all(settings.user)
+        log(f"runs as {dropped.user} (uid {dropped.uid}) with no capabilities: effective, permitted, inheritable, bounding, ambient all empty")
+        ready, descriptors = link.await_ready()
+        events, self._stats_fd = descriptors
+        self._ring = bpf.Ring(events, ready["ring_bytes"])
+        for name in ready["missing"]:
+            log(_WHAT_IS_MISSING[name])
+        self._hear_broker()
+        if not self._processes:
+            log(f"waits for a target ({self._wanted()}): nothing runs there yet")
+        server = web.WebServer(listener, text.chunks, CONTENT_TYPE, self._why_not_ready, log)
+        server.start()
+        log(f"ready: metrics on http://{settings.listen}/metrics")
+        gc.collect()
+        gc.freeze()
+        poll = select.epoll()
+        for source in (events, link.fileno(), self._control.fileno(), wake.fileno()):
+            poll.register(source, select.EPOLLIN)
+        try:
+            second = 0.0
+            while not self._stop:
+                ready_sources = {fd for fd, _ in poll.poll(PERIOD_SECONDS)}
+                if wake.fileno() in ready_sources:
+                    wake.recv(64)
+                if link.fileno() in ready_sources:
+                    self._hear_broker()
+                now = time.monotonic()
+                self._drain()
+                if self._control.fileno() in ready_sources:
+                    self._control.on_readable(now)
+                self._control.on_timer(now)
+                if self._records:
+                    self._records.flush()
+                if self._reopen:
+                    self._reopen = False
+                    self._ask_reopen()
+                server.beat()
+                if now >= second:
+                    second = now + 1
+                    self._clock.measure()
+        finally:
+            self._drain()
+            self._tracker.flush()
+            self._control.close()
+            server.stop()
+            if self._records:
+                self._records.close()
+            log(self._account())
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._reopen = True
+        else:
+            self._stop = True
+
+    def _ask_reopen(self) -> None:
+        if self._settings.records in (None, "-"):
+            log("SIGHUP: there is no records file to open again")
+        else:
+            self._link.tell({"op": "reopen"})
+
+    def _drain(self) -> None:
+        """Reads the ring until it is empty or a good part of a second's events is done."""
+        assert self._ring is not None
+        for _ in range(16):
+            records = self._ring.read()
+            for record in records:
+                try:
+                    event = decode.decode(record)
+                except decode.Undecodable:
+                    self._undecodable += 1
+                    continue
+                self._events[event.kind] += 1
+                if event.kind == abi.Kind.PROCESS:
+                    self._process_changed(event)
+                else:
+                    self._tracker.feed(event)
+            if len(records) < 4096:
+                break
+        self._tracker.tick(time.monotonic_ns())
+
+    def _process_changed(self, event: Any) -> None:
+        match event.what:
+            case abi.ProcessChange.LISTEN:
+                self._link.tell({"op": "process", "tgid": event.tgid, "why": f"listens on port {event.other}"})
+            case abi.ProcessChange.FORK:
+                self._link.tell({"op": "process", "tgid": event.tgid, "why": f"child of {event.other}"})
+            case abi.ProcessChange.EXEC:
+                self._link.tell({"op": "check", "tgid": event.tgid})
+            case abi.ProcessChange.EXIT:
+                if self._processes.pop(event.tgid, None):
+                    self._link.tell({"op": "gone", "tgid": event.tgid})
+                    self._tracker.forget_process(event.tgid)
+                    if not self._processes:
+                        log(f"the target is gone (pid {event.tgid} ended): waits for {self._wanted()}")
+
+    def _hear_broker(self) -> None:
+        for message, descriptors in self._link.messages():
+            match message["op"]:
+                case "log":
+                    log(message["text"])
+                case "process":
+                    if not self._processes:
+                        log(f"observes pid {message['tgid']} ({message['why']})")
+                    self._processes[message["tgid"]] = message["why"]
+                    if message["cwd"]:
+                        self._tracker.learn_cwd(message["tgid"], message["cwd"])
+                case "files":
+                    for gen, fd, path, flags in message["files"]:
+                        if gen:
+                            self._tracker.learn_file(gen, path, flags)
+                        else:
+                            self._tracker.learn_directory(message["tgid"], fd, path)
+                case "records":
+                    assert self._records is not None
+                    self._records.reopen(descriptors[0])
+                    log(f"SIGHUP: {self._settings.records} was opened again")
+
+    def _path_of(self, tgid: int, fd: int) -> tuple[str, int] | None:
+        found = self._link.ask({"op": "path", "tgid": tgid, "fd": fd})["found"]
+        return (found[0], found[1]) if found else None
+
+    def _finished(self, request: Request) -> None:
+        self._sink.observe(request)
+        self._control.offer(request)
+        if self._records:
+            self._records.write(request)
+
+    def _kernel_stats(self) -> dict[abi.Stat, int]:
+        try:
+            values = broker.read_stats(self._stats_fd)
+        except PermissionError:
+            # Before Linux 5.19 a process without capabilities may not look into a map: bpf(2) is refused to it altogether.
+            values = self._link.ask({"op": "stats"})["values"]
+        self._stats = {stat: values[stat] for stat in abi.Stat}
+        return self._stats
+
+    def _lost(self) -> dict[tuple[str, str], int]:
+        lost = {("kernel", stat.name.lower()): self._stats[stat] for stat in abi.Stat if stat >= abi.Stat.RING_HEAD}
+        lost[("decode", "undecodable")] = self._undecodable
+        lost |= {("tracker", cause): count for cause, count in self._tracker.lost.items()}
+        if self._records:
+            lost |= {("jsonl", cause): count for cause, count in self._records.lost.items()}
+        return lost
+
+    def _lost_flat(self) -> Mapping[str, int]:
+        self._kernel_stats()
+        return {f"{stage}.{cause}": count for (stage, cause), count in self._lost().items()}
+
+    def _health(self) -> HealthSnapshot:
+        stats = self._kernel_stats()
+        finished = {name: stats[abi.Stat.COMPLETE + i] for i, name in enumerate(OUTCOMES)}  # type: ignore[index]
+        held = privileges.current()
+        return HealthSnapshot(
+            begun=stats[abi.Stat.BEGUN],
+            finished=finished,
+            in_flight=stats[abi.Stat.BEGUN] - sum(finished.values()),
+            records=self._tracker.records,
+            lost=self._lost(),
+            events={kind.name.lower(): self._events[kind] for kind in abi.Kind},
+            series_overflow=self._sink.overflowed,
+            capabilities={name: mask.bit_count() for name, mask in held.items()},
+            target_processes=len(self._processes),
+            targets_up=int(bool(self._processes)),
+            accept_queue=max(0, stats[abi.Stat.QUEUED] - stats[abi.Stat.DEQUEUED]),
+            ring_bytes=self._settings.ring_bytes,
+            cpu_seconds=time.process_time(),
+            rss_bytes=_resident_bytes(),
+        )
+
+    def _status(self) -> Mapping[str, object]:
+        health = self._health()
+        return {
+            "pid": os.getpid(),
+            "processes": {str(tgid): why for tgid, why in self._processes.items()},
+            "begun": health.begun,
+            "finished": dict(health.finished),
+            "in_flight": health.in_flight,
+            "records": health.records,
+            "lost": {f"{stage}.{cause}": count for (stage, cause), count in health.lost.items() if count},
+            "cpu_seconds": health.cpu_seconds,
+            "rss_bytes": health.rss_bytes,
+        }
+
+    def _why_not_ready(self) -> str | None:
+        return None if self._processes else f"no target: nothing matches {self._wanted()}"
+
+    def _wanted(self) -> str:
+        spec = self._settings.target
+        parts = (
+            *(f"port {port}" for port in spec.ports),
+            *(f"pid {pid}" for pid in spec.pids),
+            *(f"exe {exe}" for exe in spec.exes),
+            *(f"unit {unit}" for unit in spec.units),
+            *(f"cgroup {cgroup}" for cgroup in spec.cgroups),
+        )
+        return ", ".join(parts)
+
+    def _account(self) -> str:
+        """What was counted, at the end: requests begun = finished by outcome + still in flight."""
+        health = self._health()
+        outcomes = ", ".join(f"{count} {name}" for name, count in health.finished.items())
+        lost = sum(health.lost.values())
+        return f"stopped: {health.begun} requests begun, {outcomes}, {health.in_flight} in flight; {health.records} records, {lost} losses"
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run(settings: Settings) -> None:
+    """Runs an agent in this process until it is told to stop. Raises BucketprobeError."""
+    if settings.target.empty:
+        raise UsageError("Nothing to observe: name the service with --port, --pid, --exe, --unit or --cgroup.")
+    if not settings.storage.roots:
+        log("no --storage-root: all file work counts as other files, and no phase is named storage")
+    Agent(settings).run()

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The privileged half: loads and attaches the probes, finds the targets, names their files. Run as `python -m bucketprobe.broker FD`.
+
+It lives as long as the agent does: the probes hang on its descriptors, so whichever of the two ends, all is detached. It reads
+no byte that a client of the service sent; it answers only its agent, over the socket that it was started with.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+
+from bucketprobe import abi, bpf, program, target, wire
+from bucketprobe.config import Settings
+from bucketprobe.errors import BucketprobeError
+
+#: How often the targets are looked for again: while there is none, and otherwise.
+SEARCH_SECONDS, REVIEW_SECONDS = 1.0, 30.0
+#: How long descriptors of processes that are gone may stay in the map.
+SWEEP_SECONDS = 10.0
+#: Files named in one message.
+FILES_PER_MESSAGE = 100
+
+#: Generations that the broker gives have this bit; the kernel's, made from its clock, never reach it.
+_GENERATION = 1 << 63
+
+
+class Broker:
+    """Holds the probes for one agent. Raises BucketprobeError where they cannot be attached."""
+
+    def __init__(self, settings: Settings, agent: socket.socket) -> None:
+        self._settings = settings
+        self._agent = agent
+        self._known: dict[int, int | None] = {}  # tgid -> start time
+        self._gone: set[int] = set()
+        self._generations = 0
+        programs = program.compiled(settings.cache_dir, self._log)
+        offsets = program.kernel_offsets(settings.cache_dir, self._log)
+        sizes = {"events": settings.ring_bytes, "conns": settings.max_connections}
+        self._probes = program.load(programs, offsets, sizes)
+        self._maps = self._probes.maps
+        rows = next(m for m in abi.MAPS if m.name == "targets").entries
+        self._targets = mmap.mmap(self._maps["targets"], rows * 64)
+        self._set_config(abi.Config.HEAD_BYTES, settings.head_bytes)
+        self._set_config(abi.Config.WATCH_EXEC, int(settings.target.asks_on_exec))
+        for port in settings.target.ports:
+            self._serve(port, abi.Port.CONFIGURED)
+
+    def run(self) -> None:
+        """Serves the agent until it is gone."""
+        self._search()
+        wire.send(
+            self._agent,
+            {"op": "ready", "missing": self._probes.missing, "ring_bytes": self._settings.ring_bytes},
+            (self._maps["events"], self._maps["stats"]),
+        )
+        poll = select.poll()
+        poll.register(self._agent, select.POLLIN)
+        search_at = sweep_at = 0.0
+        while True:
+            if poll.poll(1000):
+                received = wire.receive(self._agent)
+                if received is None:
+                    return
+                self._answer(received[0])
+            now = time.monotonic()
+            if now >= search_at:
+                self._search()
+                search_at = now + (REVIEW_SECONDS if self._known else SEARCH_SECONDS)
+            if self._gone and now >= sweep_at:
+                self._sweep()
+                sweep_at = now + SWEEP_SECONDS
+
+    def _log(self, text: str) -> None:
+        wire.send(self._agent, {"op": "log", "text": text})
+
+    def _set_config(self, place: abi.Config, value: int) -> None:
+        bpf.map_update(self._maps["config"], struct.pack("=I", place), struct.pack("=Q", value))
+
+    def _serve(self, port: int, bit: abi.Port) -> None:
+        key = struct.pack("=I", port)
+        before = bpf.map_lookup(self._maps["ports"], key, 4)
+        value = (struct.unpack("=I", before)[0] if before else 0) | bit
+        bpf.map_update(self._maps["ports"], key, struct.pack("=I", value))
+
+    def _answer(self, message: wire.Message) -> None:
+        tgid = int(message.get("tgid", 0))
+        match message["op"]:
+            case "check":
+                why = target.matches(self._settings.target, tgid)
+                if why:
+                    self._add(tgid, why)
+            case "process":
+                self._add(tgid, message["why"])
+            case "gone":
+                self._gone.add(tgid)
+                self._known.pop(tgid, None)
+            case "path":
+                wire.send(self._agent, {"op": "path", "found": self._path(tgid, int(message["fd"]))})
+            case "reopen":
+                self._reopen()
+            case "stats":
+                wire.send(self._agent, {"op": "stats", "values": read_stats(self._maps["stats"])})
+
+    def _search(self) -> None:
+        for found in target.find(self._settings.target):
+            if found.tgid not in (os.getpid(), os.getppid()) and self._known.get(found.tgid, -1) != found.start_time_ticks:
+                self._add(found.tgid, found.why)
+
+    def _add(self, tgid: int, why: str) -> None:
+        """Makes a process a target, its open files known first."""
+        if tgid in (os.getpid(), os.getppid()):
+            return
+        start = target.start_time(tgid)
+        if start is None:
+            return
+        self._gone.discard(tgid)
+        self._known[tgid] = start
+        files = list(self._learn_files(tgid))
+        self._targets[tgid] = 1
+        wire.send(self._agent, {"op": "process", "tgid": tgid, "why": why, "cwd": target.cwd(tgid)})
+        for i in range(0, len(files), FILES_PER_MESSAGE):
+            wire.send(self._agent, {"op": "files", "tgid": tgid, "files": files[i : i + FILES_PER_MESSAGE]})
+
+    def _learn_files(self, tgid: int) -> Iterator[tuple[int, int, str, int]]:
+        """Puts a process's open files into the kernel's table; yields (generation, fd, path, flags). Directories have generation 0."""
+        for opened in target.open_files(tgid):
+            if opened.state == "LISTEN" and opened.local_port:
+                self._serve(opened.local_port, abi.Port.SERVED)
+            if opened.path is None:
+                continue
+            if opened.kind == "dir":
+                yield 0, opened.fd, opened.path, opened.flags
+            elif opened.kind == "file":
+                self._generations += 1
+                gen = _GENERATION | self._generations
+                value = struct.pack("=QII", gen, abi.FileKind.FILE, 0)
+                try:
+                    bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | opened.fd), value, bpf.NOEXIST)
+                except OSError:
+                    continue  # the kernel met it first, or has no room: it then asks by itself, or counts it
+                yield gen, opened.fd, opened.path, opened.flags
+
+    @staticmethod
+    def _path(tgid: int, fd: int) -> tuple[str, int] | None:
+        try:
+            path = os.readlink(f"/proc/{tgid}/fd/{fd}")
+            with open(f"/proc/{tgid}/fdinfo/{fd}", encoding="ascii") as info:
+                flags = next((int(line.split()[1], 8) for line in info if line.startswith("flags:")), 0)
+        except (OSError, ValueError):
+            return None
+        return (path, flags) if path.startswith("/") else None
+
+    def _reopen(self) -> None:
+        from bucketprobe.exporters.jsonl import open_records  # noqa: PLC0415  (seldom needed)
+
+        assert self._settings.records is not None
+        try:
+            fd = open_records(self._settings.records)
+        except BucketprobeError as error:
+            self._log(str(error))
+            return
+        wire.send(self._agent, {"op": "records"}, (fd,))
+        os.close(fd)
+
+    def _sweep(self) -> None:
+        """Forgets the descriptors of processes that are gone; a number that lives again is another process's."""
+        gone = {tgid for tgid in self._gone if target.start_time(tgid) is None}
+        for tgid in gone:
+            self._targets[tgid] = 0
+        entries = next(m for m in abi.MAPS if m.name == "fds").entries
+        for key in list(bpf.map_keys(self._maps["fds"], 8, entries)):
+            if struct.unpack("=Q", key)[0] >> 32 in gone:
+                bpf.map_delete(self._maps["fds"], key)
+        self._gone.clear()
+
+
+def read_stats(fd: int) -> list[int]:
+    """The kernel's counters, summed over CPUs. Raises OSError."""
+    entries, cpus = next(m for m in abi.MAPS if m.name == "stats").entries, bpf.possible_cpus()
+    values = struct.unpack(f"={entries * cpus}Q", bpf.array_values(fd, entries, 8 * cpus))
+    return [sum(values[i * cpus : (i + 1) * cpus]) for i in range(entries)]
+
+
+def main() -> int:
+    """Talks over the descriptor given as the only argument: first come the settings, then the agent's questions."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the agent, whose end is ours
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    agent = socket.socket(fileno=int(sys.argv[1]))
+    received = wire.receive(agent)
+    if received is None:
+        return 1
+    try:
+        Broker(Settings.from_dict(received[0]), agent).run()
+    except BucketprobeError as error:
+        wire.send(agent, {"op": "failed", "text": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the agent is gone, and with us go the probes
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

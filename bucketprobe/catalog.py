@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of what is measured. A metric is one row; names, the README's table and the exporters follow from it.
+
+Two tables: CATALOG, what is known about the observed service (`bucket.*`, by the proposal's names), and HEALTH, what is
+known about the agent itself (`bucketprobe_*`). Only what is implemented is listed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from bucketprobe import __version__
+from bucketprobe.abi import Kind as EventKind
+from bucketprobe.abi import Stat
+from bucketprobe.model import OUTCOMES, PHASES
+
+Kind = Literal["counter", "histogram", "gauge"]
+
+#: The value of a tag that nothing observed has decided.
+UNKNOWN = "unknown"
+#: The value of every own tag of the series that takes what is past the budget of series.
+OVERFLOW = "__other__"
+
+#: The operations on artifacts. Other traffic of the same server (health checks, unknown heads) is in no `bucket.*` metric.
+ARTIFACT_OPERATIONS = ("write", "read", "metadata", "list")
+
+#: The proposal's buckets, and those that its own alerts and the fast half of the traffic need. Milliseconds.
+DURATION_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000)
+#: 1 KiB, 64 KiB, 1 MiB, 16 MiB, 100 MiB, 256 MiB, 1 GiB, 5 GiB. Bytes.
+SIZE_BUCKETS = (1 << 10, 64 << 10, 1 << 20, 16 << 20, 100 << 20, 256 << 20, 1 << 30, 5 << 30)
+
+#: How many of what the agent measures (ns, bytes, things) make one of the unit.
+RAW_PER_UNIT: Mapping[str, int] = {"milliseconds": 1_000_000, "bytes": 1, "": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row. `buckets` are upper bounds, inclusive, in `unit`; `closed` are the values of `tags` that exist from the start, at zero."""
+
+    name: str
+    kind: Kind
+    unit: str
+    tags: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] = ()
+    closed: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def prometheus_name(self) -> str:
+        """OpenTelemetry's translation: dots to `_`, the unit appended unless the name has it already, a counter's `_total`."""
+        name = self.name.replace(".", "_")
+        if self.unit and self.unit not in name.split("_"):
+            name += f"_{self.unit}"
+        return f"{name}_total" if self.kind == "counter" else name
+
+
+WRITE_COUNT = Metric(
+    "bucket.artifact.write.count",
+    "counter",
+    "",
+    ("status", "bucket_type"),
+    "Finished artifact writes by final status; unknown where no response was seen.",
+)
+WRITE_DURATION = Metric(
+    "bucket.artifact.write.duration",
+    "histogram",
+    "milliseconds",
+    ("bucket_type",),
+    "Time of an artifact write, from its first byte being readable to the last byte of its response; without those whose end was not seen.",
+    DURATION_BUCKETS,
+    ((UNKNOWN,),),
+)
+WRITE_SIZE = Metric(
+    "bucket.artifact.write.size",
+    "histogram",
+    "bytes",
+    ("bucket_type",),
+    "Bytes of the entity body that the server received in an artifact write.",
+    SIZE_BUCKETS,
+    ((UNKNOWN,),),
+)
+READ_COUNT = Metric(
+    "bucket.artifact.read.count",
+    "counter",
+    "",
+    ("cache", "status"),
+    "Finished artifact reads by final status; unknown where no response was seen.",
+)
+READ_DURATION = Metric(
+    "bucket.artifact.read.duration",
+    "histogram",
+    "milliseconds",
+    ("cache",),
+    "Time of an artifact read, from its first byte being readable to the last byte of its response; without those whose end was not seen.",
+    DURATION_BUCKETS,
+    ((UNKNOWN,),),
+)
+PHASE_DURATION = Metric(
+    "bucket.artifact.phase.duration",
+    "histogram",
+    "milliseconds",
+    ("operation", "phase"),
+    "Time that a request spent in one phase, for each phase that it had; the phases of a request do not overlap and sum to its duration.",
+    DURATION_BUCKETS,
+    tuple((operation, phase) for operation in ARTIFACT_OPERATIONS for phase in PHASES),
+)
+QUEUE_DELAY = Metric(
+    "bucket.performance.queue_delay.duration",
+    "histogram",
+    "milliseconds",
+    ("stage",),
+    "Time that a request waited before the server read it (accept, read) and for a CPU (runqueue).",
+    DURATION_BUCKETS,
+    (("accept",), ("read",), ("runqueue",)),
+)
+BACKLOG = Metric(
+    "bucket.storage.backlog_size.gauge",
+    "gauge",
+    "",
+    (),
+    "Requests begun and not yet ended, plus connections in the accept queue.",
+)
+
+#: In the order of the exposition and of the README.
+CATALOG = (WRITE_COUNT, WRITE_DURATION, WRITE_SIZE, READ_COUNT, READ_DURATION, PHASE_DURATION, QUEUE_DELAY, BACKLOG)
+
+
+class Point(NamedTuple):
+    """One series at one moment. `counts` are a histogram's observations by bucket, not cumulative, the last one past every
+    bound (empty for the other kinds); `total` is a histogram's sum, or the value, in the metric's unit."""
+
+    tags: tuple[tuple[str, str], ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+class Family(NamedTuple):
+    """A metric and its series: what a sink hands to an exporter. `points` may be read once."""
+
+    metric: Metric
+    points: Iterator[Point]
+
+
+#: Capability sets as /proc/PID/status has them.
+CAPABILITY_SETS = ("effective", "permitted", "inheritable", "bounding", "ambient")
+
+#: What can be lost, as (stage, cause): closed, so that each is there from the start, at zero. The causes of stage `jsonl`
+#: are those of exporters/jsonl.py.
+LOSSES: tuple[tuple[str, str], ...] = (
+    *(("kernel", stat.name.lower()) for stat in Stat if stat >= Stat.RING_HEAD),
+    ("jsonl", "backlog"),
+    ("jsonl", "no_space"),
+    ("jsonl", "io_error"),
+    ("jsonl", "closed"),
+    ("jsonl", "unencodable"),
+)
+
+#: Kinds of events, as they come from the ring.
+EVENT_KINDS = tuple(kind.name.lower() for kind in EventKind)
+
+
+@dataclass(slots=True)
+class HealthSnapshot:
+    """What the agent says of itself at one moment. The counts only grow; `None` and missing keys mean that it is not known."""
+
+    begun: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    in_flight: int = 0
+    records: int = 0
+    lost: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=dict)
+    series_overflow: int = 0
+    capabilities: Mapping[str, int] = field(default_factory=dict)
+    target_processes: int = 0
+    targets_up: int = 0
+    #: Connections waiting in the targets' accept queues.
+    accept_queue: int | None = None
+    #: Size of the ring buffer between kernel and agent, in bytes.
+    ring_bytes: int | None = None
+    #: CPU time of the agent's process, user and system, in seconds.
+    cpu_seconds: float | None = None
+    rss_bytes: int | None = None
+    version: str = __version__
+    python: str = field(default_factory=lambda: sys.version.split()[0])
+    kernel: str = field(default_factory=lambda: os.uname().release)
+
+    @property
+    def backlog(self) -> int | None:
+        """Requests in flight and connections not yet accepted, where the latter are known."""
+        return None if self.accept_queue is None else self.in_flight + self.accept_queue
+
+
+Values = Mapping[tuple[str, ...], float]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthMetric:
+    """One row about the agent: `read` gives the value for each combination of `labels`."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+    read: Callable[[HealthSnapshot], Values]
+
+
+def _one(value: float | None) -> Values:
+    return {} if value is None else {(): value}
+
+
+def _by_name(counts: Mapping[str, int]) -> Values:
+    return {(name,): count for name, count in counts.items()}
+
+
+HEALTH = (
+    HealthMetric(
+        "bucketprobe_build_info",
+        "gauge",
+        ("version", "python", "kernel"),
+        "Always 1; the labels say what runs.",
+        lambda now: {(now.version, now.python, now.kernel): 1},
+    ),
+    HealthMetric(
+        "bucketprobe_capabilities",
+        "gauge",
+        ("set",),
+        "Capabilities that the agent's process holds, by set; 0 each once it serves.",
+        lambda now: _by_name(now.capabilities),
+    ),
+    HealthMetric("bucketprobe_requests_begun_total", "counter", (), "Requests whose first byte was seen.", lambda now: _one(now.begun)),
+    HealthMetric(
+        "bucketprobe_requests_finished_total",
+        "counter",
+        ("outcome",),
+        "Requests that ended, by how they ended.",
+        lambda now: _by_name(dict.fromkeys(OUTCOMES, 0) | dict(now.finished)),
+    ),
+    HealthMetric("bucketprobe_requests_in_flight", "gauge", (), "Requests begun and not yet ended.", lambda now: _one(now.in_flight)),
+    HealthMetric("bucketprobe_records_total", "counter", (), "Request records assembled in user space.", lambda now: _one(now.records)),
+    HealthMetric(
+        "bucketprobe_lost_total",
+        "counter",
+        ("stage", "cause"),
+        "What was lost, by where and why.",
+        lambda now: {(stage, cause): count for (stage, cause), count in (dict.fromkeys(LOSSES, 0) | dict(now.lost)).items()},
+    ),
+    HealthMetric(
+        "bucketprobe_events_total",
+        "counter",
+        ("kind",),
+        "Events read from the ring buffer.",
+        lambda now: _by_name(dict.fromkeys(EVENT_KINDS, 0) | dict(now.events)),
+    ),
+    HealthMetric(
+        "bucketprobe_series_overflow_total",
+        "counter",
+        (),
+        "Observations that went to an __other__ series because the budget of series was spent.",
+        lambda now: _one(now.series_overflow),
+    ),
+    HealthMetric("bucketprobe_target_processes", "gauge", (), "Processes that are being observed.", lambda now: _one(now.target_processes)),
+    HealthMetric("bucketprobe_targets_up", "gauge", (), "Targets with at least one process.", lambda now: _one(now.targets_up)),
+    HealthMetric(
+        "bucketprobe_ring_bytes", "gauge", (), "Size of the ring buffer between kernel and agent.", lambda now: _one(now.ring_bytes)
+    ),
+    HealthMetric(
+        "bucketprobe_process_cpu_seconds_total",
+        "counter",
+        (),
+        "CPU time of the agent's process, user and system.",
+        lambda now: _one(now.cpu_seconds),
+    ),
+    HealthMetric(
+        "bucketprobe_process_resident_memory_bytes",
+        "gauge",
+        (),
+        "Resident memory of the agent's process.",
+        lambda now: _one(now.rss_bytes),
+    ),
+)
+
+
+def catalog_table() -> str:
+    """The README's table of CATALOG, as Markdown."""
+    rows: list[tuple[str, ...]] = [
+        (f"`{metric.name}`", f"`{metric.prometheus_name}`", metric.kind, metric.unit, _names(metric.tags), metric.help)
+        for metric in CATALOG
+    ]
+    return _markdown(("catalog name", "Prometheus name", "kind", "unit", "tags of its own", "meaning"), rows)
+
+
+def health_table() -> str:
+    """The README's table of HEALTH, as Markdown."""
+    rows: list[tuple[str, ...]] = [(f"`{metric.name}`", metric.kind, _names(metric.labels), metric.help) for metric in HEALTH]
+    return _markdown(("Prometheus name", "kind", "labels", "meaning"), rows)
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

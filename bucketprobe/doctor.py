@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host has and lacks for bucketprobe, found by trying rather than by version numbers.
+
+A lack is `reduced` (the agent works, and `cost` says what it does not see) or `missing` (the agent cannot work). Nothing is
+changed on the host: what is created to try it (maps, a program that is never attached, a child process) is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import struct
+import subprocess
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from bucketprobe import bpf, privileges, program, target
+from bucketprobe.config import Settings
+from bucketprobe.errors import BucketprobeError
+
+Status = Literal["ok", "reduced", "missing"]
+
+#: What it costs not to have a tracepoint, and the remedy.
+OPTIONAL_TRACEPOINTS = {
+    "sk_data_ready": (
+        "the wait between readable and read is not seen: requests begin at their first read",
+        "use a kernel that has it (about 6.2 or later)",
+    ),
+    "tcp_receive_reset": (
+        "a reset by the client is told from a close by the server less surely",
+        "use a kernel that has it",
+    ),
+}
+
+AS_ROOT = "run as root (sudo)"
+NEWER_KERNEL = "use Linux 5.8 or later"
+
+# include/uapi/linux/bpf.h
+_MAP_TYPE_ARRAY = 2
+_MAP_TYPE_RINGBUF = 27
+_PROBE_READ_USER = 112
+_PROBE_READ_KERNEL = 113
+
+# PROC_PID_INIT_INO in include/linux/proc_ns.h
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+
+_WIDTH = 84
+_COLOURS = {"ok": "\x1b[32m", "reduced": "\x1b[33m", "missing": "\x1b[31m"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: what was `found`; where that is a lack, what it costs and what remedies it (else both are empty)."""
+
+    name: str
+    status: Status
+    found: str
+    cost: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks, in the order in which they are read."""
+
+    checks: tuple[Check, ...]
+
+    def count(self, status: Status) -> int:
+        return sum(check.status == status for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all is there; 1: the agent works and sees less; 2: it cannot work."""
+        return 2 if self.count("missing") else 1 if self.count("reduced") else 0
+
+    @property
+    def verdict(self) -> str:
+        total = len(self.checks)
+        return (
+            f"bucketprobe can work here: {total} of {total} checks are ok.",
+            f"bucketprobe can work here and sees less: {self.count('reduced')} of {total} checks are reduced.",
+            f"bucketprobe cannot work here: {self.count('missing')} of {total} checks are missing something.",
+        )[self.exit_code]
+
+    def as_dict(self) -> dict[str, object]:
+        """As JSON carries it."""
+        return {"exit_code": self.exit_code, "verdict": self.verdict, "checks": [asdict(check) for check in self.checks]}
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The host as the checks see it, for tests to replace. `run`: executes a command, gives its exit code and output."""
+
+    proc: str = "/proc"
+    sys: str = "/sys"
+    machine: str = field(default_factory=platform.machine)
+    run: Callable[[list[str]], tuple[int, str]] = _run
+
+    def text(self, path: str) -> str | None:
+        """A small file's text, None if it cannot be read."""
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return file.read().strip()
+        except OSError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    settings: Settings
+    host: Host
+    #: The kernel's BTF; empty if there is none.
+    btf: bytes
+
+
+def run(settings: Settings, host: Host | None = None) -> Report:
+    """Makes every check. Needs no privilege; without it, most checks report that it is missing."""
+    host = host or Host()
+    subject = _Subject(settings, host, _btf(host))
+    about_host = (_kernel(subject), _architecture(subject))
+    if about_host[-1].status != "ok":
+        # Not even the number of bpf(2) is known there.
+        return Report(about_host)
+    return Report(about_host + tuple(check for make in CHECKS if (check := make(subject))))
+
+
+def render_table(report: Report, color: bool) -> str:
+    """The report for a terminal, without a final newline. Colour only repeats what the words say."""
+    width = max(len(check.name) for check in report.checks)
+    lines = [f"{'STATUS':9}{'CHECK':{width + 2}}FOUND"]
+    for check in report.checks:
+        status = f"{check.status:9}"
+        if color:
+            status = f"{_COLOURS[check.status]}{status}\x1b[0m"
+        found = _wrapped(check.found, "")
+        lines.append(f"{status}{check.name:{width + 2}}{found[0]}")
+        more = found[1:] + (_wrapped(check.cost, "cost:   ") + _wrapped(check.remedy, "remedy: ") if check.status != "ok" else [])
+        lines += [" " * (width + 11) + line for line in more]
+    return "\n".join([*lines, "", report.verdict])
+
+
+def _wrapped(text: str, title: str) -> list[str]:
+    # A process may have given itself a name that holds control characters.
+    printable = "".join(char if char.isprintable() else "?" for char in text)
+    return textwrap.wrap(title + printable, _WIDTH, subsequent_indent=" " * len(title), break_on_hyphens=False) or [""]
+
+
+def _btf(host: Host) -> bytes:
+    try:
+        with open(f"{host.sys}/kernel/btf/vmlinux", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _kernel(subject: _Subject) -> Check:
+    return Check("kernel", "ok", platform.release())
+
+
+def _architecture(subject: _Subject) -> Check:
+    machine = subject.host.machine
+    if machine == "x86_64":
+        return Check("architecture", "ok", machine)
+    return Check("architecture", "missing", machine, "the agent cannot work", "use an x86_64 host; others are not yet supported")
+
+
+def _pid_namespace(subject: _Subject) -> Check:
+    try:
+        namespace = os.readlink(f"{subject.host.proc}/self/ns/pid")
+    except OSError as error:
+        return Check("pid namespace", "missing", f"{error.strerror}", "targets cannot be found", "mount /proc")
+    if namespace == _FIRST_PID_NAMESPACE:
+        return Check("pid namespace", "ok", "the host's")
+    cost = "the kernel names processes by the host's ids, so targets would be taken for others"
+    return Check(
+        "pid namespace", "missing", f"a container's ({namespace})", cost, "run on the host, or with its pid namespace (--pid=host)"
+    )
+
+
+def _capabilities(subject: _Subject) -> Check:
+    lacking = privileges.missing_for_broker(f"{subject.host.proc}/self/status")
+    if not lacking:
+        return Check("capabilities", "ok", "all that the broker needs")
+    return Check("capabilities", "missing", f"without {', '.join(lacking)}", "nothing can be attached or found", AS_ROOT)
+
+
+def _bpf_call(subject: _Subject) -> Check:
+    cost = "no program can be loaded"
+    return _map_check("bpf(2)", _MAP_TYPE_ARRAY, 4, 8, 1, "an array map was created", cost, "use a kernel with CONFIG_BPF_SYSCALL")
+
+
+def _ring(subject: _Subject) -> Check:
+    size = subject.settings.ring_bytes
+    found = f"one of {size} bytes was created"
+    return _map_check("ring buffer", _MAP_TYPE_RINGBUF, 0, 0, size, found, "no event reaches the agent", NEWER_KERNEL)
+
+
+def _map_check(name: str, kind: int, key: int, value: int, entries: int, found: str, cost: str, remedy: str) -> Check:
+    try:
+        os.close(bpf.map_create(kind, key, value, entries))
+    except OSError as error:
+        return _refused(name, error, cost, remedy)
+    return Check(name, "ok", found)
+
+
+def _refused(name: str, error: OSError, cost: str, remedy: str) -> Check:
+    refusal = f"refused: {error.strerror}"
+    return Check(name, "missing", refusal, cost, AS_ROOT if error.errno == errno.EPERM and not _is_root() else remedy)
+
+
+def _is_root() -> bool:
+    return not privileges.missing_for_broker()
+
+
+def _program(subject: _Subject) -> Check:
+    try:
+        os.close(bpf.program_load(_reads_memory(), "doctor"))
+    except OSError as error:
+        remedy = f"boot without lockdown=confidentiality, and {NEWER_KERNEL}"
+        return _refused("programs", error, "no request can be seen", remedy)
+    return Check("programs", "ok", "one that reads user and kernel memory was loaded")
+
+
+def _reads_memory() -> bytes:
+    """A raw tracepoint program that copies 8 bytes onto its stack by each of the two helpers that the probes need."""
+
+    def instruction(code: int, registers: int, offset: int, immediate: int) -> bytes:
+        return struct.pack("=BBhi", code, registers, offset, immediate)
+
+    def read(helper: int) -> bytes:
+        return b"".join(
+            (
+                instruction(0xBF, 0xA1, 0, 0),  # r1 = r10
+                instruction(0x07, 0x01, 0, -8),  # r1 += -8
+                instruction(0xB7, 0x02, 0, 8),  # r2 = 8
+                instruction(0xB7, 0x03, 0, 0),  # r3 = 0
+                instruction(0x85, 0x00, 0, helper),  # call
+            )
+        )
+
+    end = instruction(0xB7, 0x00, 0, 0) + instruction(0x95, 0x00, 0, 0)  # return 0
+    return read(_PROBE_READ_USER) + read(_PROBE_READ_KERNEL) + end
+
+
+def _lockdown(subject: _Subject) -> Check:
+    text = subject.host.text(f"{subject.host.sys}/kernel/security/lockdown")
+    if text is None:
+        return Check("lockdown", "ok", "not shown by this kernel; what it would forbid is tried under `programs`")
+    mode = text.partition("[")[2].partition("]")[0] or text
+    if mode == "confidentiality":
+        return Check("lockdown", "missing", mode, "programs may not read memory, so no request can be seen", "boot with lockdown=integrity")
+    return Check("lockdown", "ok", mode)
+
+
+def _unprivileged_reads(subject: _Subject) -> Check:
+    name = "unprivileged reads"
+    setting = subject.host.text(f"{subject.host.proc}/sys/kernel/unprivileged_bpf_disabled")
+    stated = f"(kernel.unprivileged_bpf_disabled={setting or 'not shown'})"
+    cost = "the agent, which keeps no privilege, cannot read counters and events"
+    try:
+        refusal = _try_as_agent(subject.settings)
+    except BucketprobeError as error:
+        return Check(name, "missing", f"not tried: {error}", cost, "remedy that first")
+    except OSError as error:
+        return _refused(name, error, cost, NEWER_KERNEL)
+    if not refusal:
+        return Check(name, "ok", f"the agent's user reads maps and the ring {stated}")
+    remedy = "use Linux 5.19 or later, or set kernel.unprivileged_bpf_disabled=0 at boot, which lets every user load programs"
+    return Check(name, "missing", f"refused: {os.strerror(refusal)} {stated}", cost, remedy)
+
+
+def _try_as_agent(settings: Settings) -> int:
+    """Reads a map and a ring in a child that has dropped everything, as the agent does; the errno, or 0."""
+    privileges.unprivileged_ids(settings.user)
+    descriptors: list[int] = []
+    try:
+        descriptors.append(bpf.map_create(_MAP_TYPE_ARRAY, 4, 8, 1))
+        descriptors.append(bpf.map_create(_MAP_TYPE_RINGBUF, 0, 0, settings.ring_bytes))
+        child = os.fork()
+        if child == 0:
+            _child(settings, *descriptors)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _child(settings: Settings, array: int, ring: int) -> None:
+    result = errno.EPERM
+    try:
+        privileges.drop_all(settings.user)
+        bpf.map_lookup(array, bytes(4), 8)
+        bpf.Ring(ring, settings.ring_bytes).read()
+        result = 0
+    except OSError as error:
+        result = error.errno or errno.EIO
+    finally:
+        # Not sys.exit: the parent's exit handlers are not the child's to run.
+        os._exit(result)
+
+
+def _kernel_btf(subject: _Subject) -> Check:
+    if subject.btf:
+        return Check("kernel BTF", "ok", f"{len(subject.btf)} bytes in {subject.host.sys}/kernel/btf/vmlinux")
+    cost = "offsets of kernel fields and names of tracepoints are unknown"
+    return Check("kernel BTF", "missing", "not there", cost, "use a kernel with CONFIG_DEBUG_INFO_BTF, as distributions build it")
+
+
+def _tracefs(subject: _Subject) -> Check:
+    mounts = [line.split() for line in (subject.host.text(f"{subject.host.proc}/self/mounts") or "").splitlines()]
+    places = [fields[1] for fields in mounts if len(fields) > 2 and fields[2] == "tracefs"]
+    if places:
+        return Check("tracefs", "ok", f"mounted at {places[0]}")
+    cost = "tracepoints are checked by the kernel's BTF alone"
+    return Check("tracefs", "reduced", "not mounted", cost, "mount -t tracefs tracefs /sys/kernel/tracing")
+
+
+def _has_tracepoint(subject: _Subject, name: str) -> bool:
+    # Each tracepoint that BPF can use has such a typedef: include/trace/bpf_probe.h.
+    return f"\0btf_trace_{name}\0".encode() in subject.btf
+
+
+def _tracepoints(subject: _Subject) -> Check:
+    lacking = [name for name in program.REQUIRED_TRACEPOINTS if not _has_tracepoint(subject, name)]
+    if not lacking:
+        return Check("tracepoints", "ok", f"all {len(program.REQUIRED_TRACEPOINTS)} that are required")
+    found = f"without {', '.join(lacking)}"
+    remedy = "use a kernel with CONFIG_HAVE_SYSCALL_TRACEPOINTS, CONFIG_INET and CONFIG_DEBUG_INFO_BTF"
+    return Check("tracepoints", "missing", found, "requests or their processes cannot be followed", remedy)
+
+
+def _optional_tracepoint(name: str) -> Callable[[_Subject], Check]:
+    def check(subject: _Subject) -> Check:
+        if _has_tracepoint(subject, name):
+            return Check(name, "ok", "there")
+        return Check(name, "reduced", "not in this kernel", *OPTIONAL_TRACEPOINTS[name])
+
+    return check
+
+
+def _run_delay(subject: _Subject) -> Check:
+    fields = (subject.host.text(f"{subject.host.proc}/self/schedstat") or "").split()
+    # Its last field counts how often the process was given a CPU: this one was at least once if the kernel counts at all.
+    if len(fields) == 3 and fields[2] != "0" and b"\0run_delay\0" in subject.btf:
+        return Check("run delay", "ok", "the kernel counts the wait for a CPU")
+    remedy = "use a kernel with CONFIG_SCHEDSTATS, as distributions build it"
+    return Check("run delay", "reduced", "not counted by this kernel", "the runqueue phase is absent, its time is in `other`", remedy)
+
+
+def _bcc(subject: _Subject) -> Check:
+    try:
+        code, version = subject.host.run([program.SYSTEM_PYTHON, "-I", "-c", "import bcc; print(bcc.__version__)"])
+    except (OSError, subprocess.SubprocessError):
+        code, version = 1, ""
+    if code == 0:
+        return Check("BCC", "ok", f"{version} under {program.SYSTEM_PYTHON}")
+    found = f"{program.SYSTEM_PYTHON} cannot import bcc"
+    remedy = "apt-get install python3-bpfcc"
+    try:
+        # Without BCC this can only come from the cache.
+        program.compiled(subject.settings.cache_dir, lambda message: None)
+    except BucketprobeError:
+        return Check("BCC", "missing", found, "the probes cannot be compiled", remedy)
+    return Check("BCC", "reduced", f"{found}, but the probes are cached", "another version of bucketprobe could not start", remedy)
+
+
+def _run_dir(subject: _Subject) -> Check:
+    return _directory("run directory", subject.settings.run_dir, "missing", "the agent cannot start", "--run-dir")
+
+
+def _cache_dir(subject: _Subject) -> Check:
+    return _directory("cache directory", subject.settings.cache_dir, "reduced", "each start compiles the probes again", "--cache-dir")
+
+
+def _directory(name: str, path: str, lack: Status, cost: str, option: str) -> Check:
+    nearest = path
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    state = path if nearest == path else f"{path} (to be created in {nearest})"
+    if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
+        return Check(name, "ok", state)
+    why = "not writable" if os.path.isdir(nearest) else f"{nearest} is not a directory"
+    return Check(name, lack, f"{state}: {why}", cost, f"{AS_ROOT}, or name another with {option}")
+
+
+def _user(subject: _Subject) -> Check:
+    user = subject.settings.user
+    try:
+        uid, gid = privileges.unprivileged_ids(user)
+    except BucketprobeError as error:
+        return Check(
+            "user", "missing", str(error).partition(";")[0], "the agent refuses to run with privileges", "name another with --user"
+        )
+    return Check("user", "ok", f"{user} (uid {uid}, gid {gid})")
+
+
+def _target(subject: _Subject) -> Check | None:
+    spec = subject.settings.target
+    if spec.empty:
+        return None
+    found = target.find(spec, proc=subject.host.proc)
+    if not found:
+        seen = "no process fits now" if _is_root() else "no process fits of those that this user may look at"
+        return Check("target", "reduced", seen, "nothing is seen until one does", "start the service; the agent waits")
+    shown = ", ".join(f"{item.comm}[{item.tgid}] ({item.why})" for item in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    silent = [port for port in spec.ports if not any(item.why == f"port {port}" for item in found)]
+    if silent:
+        ports = ", ".join(map(str, silent))
+        cost = "nothing is seen there until one does"
+        return Check("target", "reduced", f"{shown}{more}; none listens on {ports}", cost, "start the service; the agent waits")
+    return Check("target", "ok", shown + more)
+
+
+def _storage(subject: _Subject) -> Check | None:
+    settings, proc = subject.settings, subject.host.proc
+    if settings.target.empty and not settings.storage.roots:
+        return None
+    if not settings.storage.roots:
+        cost = "file work is counted as `other`, and the storage phases stay empty"
+        return Check("storage roots", "reduced", "none given", cost, "name the store's directories with --storage-root")
+    # A target in a container has its own view of the file system.
+    views = ["", *(f"{proc}/{item.tgid}/root" for item in target.find(settings.target, proc=proc))]
+    lacking = [root for root in settings.storage.roots if not any(os.path.isdir(view + root) for view in views)]
+    if not lacking:
+        return Check("storage roots", "ok", ", ".join(settings.storage.roots))
+    found = f"no directory {', '.join(lacking)}"
+    return Check("storage roots", "reduced", found, "file work elsewhere is not counted as storage", "correct --storage-root, or create it")
+
+
+CHECKS: tuple[Callable[[_Subject], Check | None], ...] = (
+    _pid_namespace,
+    _capabilities,
+    _bpf_call,
+    _ring,
+    _program,
+    _lockdown,
+    _unprivileged_reads,
+    _kernel_btf,
+    _tracefs,
+    _tracepoints,
+    *map(_optional_tracepoint, OPTIONAL_TRACEPOINTS),
+    _run_delay,
+    _bcc,
+    _run_dir,
+    _cache_dir,
+    _user,
+    _target,
+    _storage,
+)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From C text to attached probes: compose, compile once (cached), fill in this kernel's offsets and maps, load, attach.
+
+The cached object holds no address and no descriptor, so it serves every kernel: map numbers and member offsets are immediates
+that are replaced at load.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from bucketprobe import abi, bpf, btf
+from bucketprobe.errors import EnvironmentLack
+
+SYSTEM_PYTHON = "/usr/bin/python3"
+PARTS = ("syscall", "process", "socket", "file")
+
+#: Raw tracepoint -> program. The second group may be missing: the agent then says what it cannot see.
+REQUIRED_TRACEPOINTS = {
+    "sched_process_fork": "process_fork",
+    "sched_process_exec": "process_exec",
+    "sched_process_exit": "process_exit",
+    "inet_sock_set_state": "sock_state",
+    "sys_exit": "sys_exit",
+    "sys_enter": "sys_enter",
+}
+OPTIONAL_TRACEPOINTS = {"sk_data_ready": "sock_ready", "tcp_receive_reset": "sock_reset"}
+
+_OFFSET_MARK = 0x5EED0000
+_MOVE_IMMEDIATE, _LOAD_IMMEDIATE_64, _PSEUDO_MAP_FD = 0xB7, 0x18, 1
+_EXIT = 0x95
+
+Log = Callable[[str], None]
+
+
+def compose() -> str:
+    """The one C text of all probes. Local includes are put in once each: the compiler sees no file system."""
+    room = files("bucketprobe.probes")
+    seen: set[str] = set()
+
+    def inline(name: str) -> Iterable[str]:
+        for line in room.joinpath(name).read_text("ascii").splitlines():
+            include = re.match(r'#include "(.*)"', line)
+            if not include:
+                yield line
+            elif include[1] not in seen:
+                seen.add(include[1])
+                yield from inline("include/" + include[1])
+
+    lines = []
+    for i, name in enumerate(abi.OFFSETS):
+        value = f'({{ __u64 offset; asm volatile("%0 = {_OFFSET_MARK + i:#x}" : "=r"(offset)); offset; }})'
+        lines.append(f"#define {name} {value}")
+    for part in PARTS:
+        lines += inline(f"{part}.bpf.c")
+    for structure in {m.value for m in abi.MAPS if isinstance(m.value, str)}:
+        lines.append(f"int size_{structure.split()[-1]}(void *ctx) {{ return sizeof({structure}); }}")
+    return "\n".join(lines) + "\n"
+
+
+def _cached(path: Path) -> dict[str, bytes] | None:
+    try:
+        stored = json.loads(path.read_bytes())
+        return {name: base64.b64decode(code) for name, code in stored["programs"].items()}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _replace(path: Path, text: str, log: Log) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="ascii") as out:
+            out.write(text)
+        os.replace(out.name, path)
+    except OSError as error:
+        log(f"The cache {path.parent} cannot be written ({error.strerror}): the next start compiles again; set cache_dir.")
+
+
+def compiled(cache_dir: str, log: Log) -> dict[str, bytes]:
+    """The programs' bytecode by name, compiled only where the cache has none of this text. Raises EnvironmentLack."""
+    text = compose()
+    key = hashlib.sha256(f"{platform.machine()}\n{text}".encode()).hexdigest()[:24]
+    path = Path(cache_dir, f"probes-{key}.json")
+    programs = _cached(path)
+    if programs:
+        return programs
+    log("compiling the probes (the first start only)")
+    with tempfile.TemporaryDirectory(prefix="bucketprobe-") as stubs:
+        command = [SYSTEM_PYTHON, "-I", str(files("bucketprobe").joinpath("loader.py")), stubs]
+        try:
+            done = subprocess.run(command, input=text.encode(), capture_output=True, check=False, timeout=120)
+        except OSError as error:
+            raise EnvironmentLack(f"{SYSTEM_PYTHON} cannot be run ({error.strerror}): apt-get install python3-bpfcc.") from None
+    if done.returncode:
+        trouble = done.stderr.decode(errors="replace").strip()
+        if "No module named 'bcc'" in trouble:
+            raise EnvironmentLack("BCC is missing: apt-get install python3-bpfcc (the package named bcc on PyPI is another project).")
+        raise EnvironmentLack(f"The probes could not be compiled; is python3-bpfcc 0.26 or later installed? {trouble[-1500:]}")
+    _replace(path, done.stdout.decode(), log)
+    programs = _cached_text(done.stdout)
+    return programs
+
+
+def _cached_text(text: bytes) -> dict[str, bytes]:
+    return {name: base64.b64decode(code) for name, code in json.loads(text)["programs"].items()}
+
+
+def kernel_offsets(cache_dir: str, log: Log) -> dict[str, int]:
+    """Member offsets of the running kernel, read from its BTF once per kernel. Raises EnvironmentLack."""
+    kernel = "\n".join((*os.uname()[2:], *(f"{k}={v}" for k, v in abi.OFFSETS.items())))
+    path = Path(cache_dir, f"offsets-{hashlib.sha256(kernel.encode()).hexdigest()[:24]}.json")
+    try:
+        stored: dict[str, int] = json.loads(path.read_bytes())
+        if stored.keys() == abi.OFFSETS.keys():
+            return stored
+    except (OSError, ValueError, AttributeError):
+        pass
+    found = btf.offsets(abi.OFFSETS)
+    _replace(path, json.dumps(found), log)
+    return found
+
+
+def _returned(code: bytes) -> int:
+    """The constant that a program `r0 = N; exit` returns."""
+    opcode, _, _, value = struct.unpack_from("<BBhi", code)
+    if opcode not in (0xB7, 0xB4) or code[8] != _EXIT:
+        raise ValueError("not a constant function")
+    return int(value)
+
+
+def relocated(code: bytes, maps: Mapping[str, int], offsets: Mapping[str, int]) -> bytes:
+    """The bytecode with this process's map descriptors and this kernel's offsets in the place of their marks."""
+    out = bytearray(code)
+    names = [m.name for m in abi.MAPS]
+    values = [offsets[name] for name in abi.OFFSETS]
+    at = 0
+    while at < len(out):
+        opcode, registers, _, immediate = struct.unpack_from("<BBhi", out, at)
+        if opcode == _LOAD_IMMEDIATE_64:
+            if registers >> 4 == _PSEUDO_MAP_FD:
+                struct.pack_into("<i", out, at + 4, maps[names[immediate - abi.MAP_BASE]])
+            at += 16
+            continue
+        if opcode == _MOVE_IMMEDIATE and _OFFSET_MARK <= immediate < _OFFSET_MARK + len(values):
+            struct.pack_into("<i", out, at + 4, values[immediate - _OFFSET_MARK])
+        at += 8
+    return bytes(out)
+
+
+@dataclass
+class Loaded:
+    """Attached probes. Closing the descriptors (or the end of the process that holds them) detaches them all."""
+
+    maps: dict[str, int] = field(default_factory=dict)
+    programs: list[int] = field(default_factory=list)
+    links: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        for fd in (*self.links.values(), *self.programs, *self.maps.values()):
+            os.close(fd)
+        self.links.clear()
+        self.programs.clear()
+        self.maps.clear()
+
+
+def create_maps(programs: Mapping[str, bytes], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Creates every map; `sizes` gives other numbers of entries by map name."""
+    made = {}
+    for spec in abi.MAPS:
+        value = _returned(programs[f"size_{spec.value.split()[-1]}"]) if isinstance(spec.value, str) else spec.value
+        made[spec.name] = bpf.map_create(spec.type, spec.key, value, sizes.get(spec.name, spec.entries), spec.flags, spec.name)
+    return made
+
+
+def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mapping[str, int]) -> Loaded:
+    """Creates the maps and loads and attaches every probe; sys_enter last, when all it needs is there.
+
+    Raises EnvironmentLack where the kernel refuses.
+    """
+    loaded = Loaded()
+    try:
+        loaded.maps = create_maps(programs, sizes)
+        handlers = {f"on_{handler.name.lower()}": handler for handler in abi.Handler}
+        descriptors = {}
+        for name, code in programs.items():
+            if name.startswith("size_"):
+                continue
+            ready = relocated(code, loaded.maps, offsets)
+            try:
+                fd = bpf.program_load(ready, name)
+            except OSError:
+                fd = bpf.program_load(ready, name, log_bytes=1 << 20)  # once more, for the verifier's reason
+            loaded.programs.append(fd)
+            descriptors[name] = fd
+            if name in handlers:
+                bpf.map_update(loaded.maps["handlers"], struct.pack("=I", handlers[name]), struct.pack("=I", fd))
+        for handler, calls in abi.CALLS.items():
+            for number in calls.values():
+                bpf.map_update(loaded.maps["calls"], struct.pack("=I", number), struct.pack("=I", handler))
+        for tracepoint, name in {**OPTIONAL_TRACEPOINTS, **REQUIRED_TRACEPOINTS}.items():
+            try:
+                loaded.links[tracepoint] = bpf.raw_tracepoint_open(tracepoint, descriptors[name])
+            except FileNotFoundError:
+                if tracepoint in REQUIRED_TRACEPOINTS:
+                    raise EnvironmentLack(f"This kernel has no tracepoint {tracepoint}: run Linux 5.8 or later.") from None
+                loaded.missing.append(tracepoint)
+    except PermissionError as error:
+        loaded.close()
+        raise EnvironmentLack(f"The kernel refused the probes ({error.strerror}): run as root, with CAP_BPF and CAP_PERFMON.") from None
+    except OSError as error:
+        loaded.close()
+        raise EnvironmentLack(f"The kernel refused the probes ({error}): run `bucketprobe doctor`.") from None
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded

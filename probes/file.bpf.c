@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0
+/* File work, summed per file generation and request. Which files are storage and which are metadata is for user space. */
+#include "probe.h"
+
+#define O_CREAT_WRONLY_TRUNC 01101
+#define F_DUPFD 0
+#define F_DUPFD_CLOEXEC 1030
+#define AT_FDCWD (-100)
+
+/* Reads a path (and counts its NUL off); 0 where it cannot be read. */
+INLINE __u32 path_read(char *into, __u64 from)
+{
+	long n = read_user_str(into, PATH_BYTES, (void *)from);
+
+	return n > 1 ? n - 1 : 0;
+}
+
+int on_open(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32, n;
+	struct thread *t = thread();
+	struct scratch *x = scratch();
+	long ret = ctx->args[1];
+	struct bp_open_event *e;
+	__u64 path, now = ktime_ns();
+
+	if (!t || !x || ret < 0)
+		return 0;
+	e = (void *)&x->path;
+	path = t->a1;
+	e->dirfd = t->a0;
+	e->flags = t->a2;
+	if (t->nr == NR_open || t->nr == NR_creat) {
+		path = t->a0;
+		e->dirfd = AT_FDCWD;
+		e->flags = t->nr == NR_creat ? O_CREAT_WRONLY_TRUNC : t->a1;
+	} else if (t->nr == NR_openat2) {
+		__u64 flags = 0;
+
+		read_user(&flags, sizeof(flags), (void *)t->a2); /* struct open_how begins with them */
+		e->flags = flags;
+	}
+	e->h.kind = EV_OPEN;
+	e->h.what = 0;
+	e->h.tgid = tgid;
+	e->h.ts = now;
+	e->h.rid = t->rid;
+	e->gen = unique();
+	e->ns = now - t->enter_ns;
+	e->tid = pid_tgid();
+	e->fd = ret;
+	fd_set(tgid, ret, e->gen, FD_FILE);
+	n = path_read((char *)(e + 1), path);
+	e->h.n = n;
+	BOUND(n, 2 * PATH_BYTES - 1);
+	if (n <= PATH_BYTES)
+		t->lost += emit(e, sizeof(*e) + n, ST_RING_FILE);
+	return 0;
+}
+
+/* At the entry of close: the number may be another file's before the call returns. */
+int on_close(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32, i;
+	struct thread *t = thread();
+	__u64 key, first, last;
+	struct fd *f;
+
+	if (!t)
+		return 0;
+	t->closing = 0;
+	if (t->nr == NR_close) {
+		key = fd_key(tgid, t->a0);
+		f = map_lookup(MAP(FDS), &key);
+		if (!f)
+			return 0;
+		if (f->kind == FD_FILE)
+			t->closing = f->object;
+		map_delete(MAP(FDS), &key);
+		return 0;
+	}
+	/* close_range: servers use it at start, to shed inherited descriptors; the agent mends what lies beyond these. */
+	first = (__u32)t->a0;
+	last = (__u32)t->a1;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 1024; i++) {
+		if (first + i > last)
+			break;
+		key = fd_key(tgid, first + i);
+		map_delete(MAP(FDS), &key);
+	}
+	return 0;
+}
+
+/* fsync, fdatasync, sync_file_range */
+int on_sync(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct thread *t = thread();
+	__u64 now = ktime_ns();
+	struct work *w;
+	struct fd *f;
+
+	if (!t || (long)ctx->args[1] < 0)
+		return 0;
+	f = fd_of(pid_tgid() >> 32, t->a0);
+	if (!f || f->kind != FD_FILE)
+		return 0;
+	w = work_of(t, f->object, now);
+	if (w) {
+		w->syncs++;
+		w->sync_ns += now - t->enter_ns;
+	}
+	return 0;
+}
+
+/* ftruncate, fallocate */
+int on_change(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct thread *t = thread();
+	__u64 now = ktime_ns();
+	struct work *w;
+	struct fd *f;
+
+	if (!t || (long)ctx->args[1] < 0)
+		return 0;
+	f = fd_of(pid_tgid() >> 32, t->a0);
+	if (!f || f->kind != FD_FILE)
+		return 0;
+	w = work_of(t, f->object, now);
+	if (w) {
+		w->others++;
+		w->other_ns += now - t->enter_ns;
+	}
+	return 0;
+}
+
+/* copy_file_range(in, _, out, ...): its time is the write's */
+int on_copy(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32;
+	struct thread *t = thread();
+	long ret = ctx->args[1];
+	__u64 now = ktime_ns();
+	struct work *w;
+	struct fd *f;
+
+	if (!t || ret < 0)
+		return 0;
+	f = fd_of(tgid, t->a0);
+	w = f && f->kind == FD_FILE ? work_of(t, f->object, now) : 0;
+	if (w) {
+		w->read_calls++;
+		w->read_bytes += ret;
+	}
+	f = fd_of(tgid, t->a2);
+	w = f && f->kind == FD_FILE ? work_of(t, f->object, now) : 0;
+	if (w) {
+		w->write_calls++;
+		w->write_bytes += ret;
+		w->write_ns += now - t->enter_ns;
+	}
+	return 0;
+}
+
+int on_dup(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32;
+	struct thread *t = thread();
+	long ret = ctx->args[1];
+	struct fd *f;
+
+	if (!t || ret < 0)
+		return 0;
+	if (t->nr == NR_fcntl && t->a1 != F_DUPFD && t->a1 != F_DUPFD_CLOEXEC)
+		return 0;
+	f = fd_of(tgid, t->a0);
+	if (f)
+		fd_set(tgid, ret, f->object, f->kind);
+	return 0;
+}
+
+/* Calls on paths: rename, link, unlink, mkdir, chdir, truncate and their *at forms */
+int on_path(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct thread *t = thread();
+	struct scratch *x = scratch();
+	struct bp_path_event *e;
+	__u64 now = ktime_ns(), first, second = 0;
+	__u32 nr, n, n2 = 0, what;
+
+	if (!t || !x || (long)ctx->args[1] < 0)
+		return 0;
+	nr = t->nr;
+	e = &x->path.e;
+	e->dirfd = AT_FDCWD;
+	e->dirfd2 = AT_FDCWD;
+	first = t->a0;
+	if (nr == NR_renameat || nr == NR_renameat2 || nr == NR_linkat) {
+		e->dirfd = t->a0;
+		first = t->a1;
+		e->dirfd2 = t->a2;
+		second = t->a3;
+		what = nr == NR_linkat ? PC_LINK : PC_RENAME;
+	} else if (nr == NR_rename || nr == NR_link) {
+		second = t->a1;
+		what = nr == NR_link ? PC_LINK : PC_RENAME;
+	} else if (nr == NR_unlinkat || nr == NR_mkdirat) {
+		e->dirfd = t->a0;
+		first = t->a1;
+		what = nr == NR_mkdirat ? PC_MKDIR : PC_UNLINK;
+	} else if (nr == NR_mkdir) {
+		what = PC_MKDIR;
+	} else if (nr == NR_chdir) {
+		what = PC_CHDIR;
+	} else if (nr == NR_truncate) {
+		what = PC_TRUNCATE;
+	} else {
+		what = PC_UNLINK;
+	}
+	e->h.kind = EV_PATH;
+	e->h.what = what;
+	e->h.tgid = pid_tgid() >> 32;
+	e->h.ts = now;
+	e->h.rid = t->rid;
+	e->ns = now - t->enter_ns;
+	e->tid = pid_tgid();
+	n = path_read(x->path.bytes, first);
+	BOUND(n, PATH_BYTES - 1);
+	if (second) {
+		n2 = path_read(x->path.bytes + n, second);
+		BOUND(n2, PATH_BYTES - 1);
+	}
+	e->h.n = n;
+	e->n2 = n2;
+	t->lost += emit(e, sizeof(*e) + n + n2, ST_RING_FILE);
+	return 0;
+}

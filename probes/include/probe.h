@@ -1,0 +1,471 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What all probes share: helpers, the state in the maps, the target filter, statistics and the ring.
+ *
+ * Maps are not BCC's: each is named by a number (MAP_*, from abi.h) that the loader replaces with the descriptor. So BCC only
+ * compiles, and one table in user space owns every map's size. Kernel structures are never declared: a member's offset comes
+ * from the running kernel's BTF (OFF_*), and is read by bpf_probe_read_kernel.
+ *
+ * Words: tgid is the process, tid the thread (the kernel's pid). A request's number is its rid, a file generation's its gen.
+ */
+#ifndef BUCKETPROBE_PROBE_H
+#define BUCKETPROBE_PROBE_H
+
+#include "abi.h"
+#include "http1.h"
+
+#define MAP(name) ((void *)bpf_pseudo_fd(1, MAP_##name))
+#define INLINE static inline __attribute__((always_inline))
+
+/* Helpers by number (include/uapi/linux/bpf.h): BCC would parse kallsyms for each textual bpf_probe_read_*. */
+static void *(*map_lookup)(void *map, const void *key) = (void *)1;
+static long (*map_update)(void *map, const void *key, const void *value, __u64 flags) = (void *)2;
+static long (*map_delete)(void *map, const void *key) = (void *)3;
+static __u64 (*ktime_ns)(void) = (void *)5;
+static void (*tail_call)(void *ctx, void *map, __u64 index) = (void *)12;
+static __u64 (*pid_tgid)(void) = (void *)14;
+static __u64 (*current_task)(void) = (void *)35;
+static __u32 (*cpu_id)(void) = (void *)8;
+static long (*read_user)(void *dst, __u32 size, const void *src) = (void *)112;
+static long (*read_kernel)(void *dst, __u32 size, const void *src) = (void *)113;
+static long (*read_user_str)(void *dst, __u32 size, const void *src) = (void *)114;
+static long (*ring_output)(void *ring, void *data, __u64 size, __u64 flags) = (void *)130;
+static __u64 (*ring_query)(void *ring, __u64 what) = (void *)134;
+
+#define RING_NO_WAKEUP 1
+#define RING_FORCE_WAKEUP 2
+#define NOEXIST 1
+
+/* Keeps clang from dropping a bound that the verifier needs to see. */
+#define BOUND(x, mask)                         \
+	do {                                   \
+		asm volatile("" : "+r"(x));    \
+		(x) &= (mask);                 \
+	} while (0)
+
+#define PIPELINE 8 /* requests that one connection may have outstanding */
+#define THREAD_FILES 8
+#define VECTORS 16
+
+/* One outstanding request of a connection; free while rid is 0. */
+struct slot {
+	__u64 rid;
+	__u64 start_ns;
+	__u64 first_read_ns;
+	__u64 recv_ns, send_ns, wait_rx_ns, wait_tx_ns;
+	__u64 bytes_in;
+	__u32 recv_calls, send_calls;
+	__u32 tid;  /* the last thread that used its socket */
+	__u32 lost; /* its events that the ring had no room for */
+	__u32 flags;
+	__u8 begun;       /* its head is complete */
+	__u8 rx_complete; /* its body is complete */
+	__u8 ended;       /* its response is complete before its body was */
+	__u8 method;      /* METHOD_HEAD, METHOD_CONNECT or 0 */
+};
+
+/* conns: key = the kernel's socket; from established (or first seen) until TCP_CLOSE. */
+struct conn {
+	__u64 id;
+	__u64 established_ns, accept_ns;
+	__u64 ready_ns;      /* unread bytes of a next request since then; 0: none */
+	__u64 last_ready_ns; /* bytes last became readable */
+	__u64 last_tx_ns;
+	__u32 tgid;
+	__u32 rx_seq, tx_seq; /* requests received whole, answered whole */
+	__u16 flags;          /* RF_OLD */
+	__u8 reset, peer_fin;
+	struct http1 dir[2];
+	struct slot q[PIPELINE];
+};
+
+/* threads: key = tid; from a target thread's first watched call until its exit. */
+struct thread {
+	__u64 enter_ns;
+	__u64 a0, a1, a2, a3;
+	__u64 run_delay; /* its runqueue wait up to the last boundary, ns */
+	__u64 sk, rid;   /* the request that it works on */
+	__u64 runqueue_ns;
+	__u64 closing; /* generation whose last descriptor this call closes */
+	__u64 files[THREAD_FILES];
+	__u32 nfiles;
+	__u32 lost;
+	__u32 nr;
+	__u32 call; /* handler, 0 outside of a watched call */
+};
+
+/* fds: key = tgid << 32 | fd; from open, accept, dup or first use until close. */
+struct fd {
+	__u64 object; /* FD_SOCKET: the socket; FD_FILE: the generation */
+	__u32 kind;
+	__u32 not_served; /* FD_SOCKET: no connection of the service */
+};
+
+/* work: key = {gen, rid}; from a file's first call for a request until its close, the request's end, or a second if rid is 0. */
+struct work_key {
+	__u64 gen, rid;
+};
+struct work {
+	__u64 write_bytes, read_bytes, write_ns, read_ns, sync_ns, other_ns, first_ns, last_ns;
+	__u32 write_calls, read_calls, syncs, others;
+};
+
+struct vector {
+	__u64 base, length;
+};
+
+/* scratch: [0] for programs on system calls, whose tail calls share it; preemption is off while they run. */
+struct scratch {
+	__u64 sk;
+	__u64 base; /* the buffer, or 0 where there is none to read */
+	__u64 offset, total;
+	__u64 enter_ns, now;
+	__u32 vectors; /* 0: base is one buffer */
+	__u32 dir;
+	struct http1_step step;
+	struct vector vector[VECTORS];
+	struct {
+		struct bp_head_event e;
+		unsigned char bytes[HEAD_BYTES];
+	} head;
+	struct {
+		struct bp_path_event e;
+		char bytes[2 * PATH_BYTES];
+	} path;
+	struct conn blank; /* stays zero: a new connection is copied from it */
+};
+
+INLINE void stat_add(__u32 which, __u64 n)
+{
+	__u64 *value = map_lookup(MAP(STATS), &which);
+
+	if (value)
+		*value += n;
+}
+
+INLINE __u64 kernel_word(__u64 address)
+{
+	__u64 value = 0;
+
+	read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+INLINE __u32 kernel_half(__u64 address)
+{
+	__u32 value = 0;
+
+	read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+INLINE __u32 kernel_short(__u64 address)
+{
+	__u16 value = 0;
+
+	read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+/* A byte, not a bit, for each tgid: setting one needs no atomic operation. */
+INLINE unsigned char *target_byte(__u32 tgid)
+{
+	__u32 row = tgid >> 6, column = tgid & 63;
+	unsigned char *bytes = map_lookup(MAP(TARGETS), &row);
+
+	return bytes ? bytes + column : 0;
+}
+
+INLINE int is_target(__u32 tgid)
+{
+	unsigned char *byte = target_byte(tgid);
+
+	return byte && *byte;
+}
+
+INLINE __u64 config(__u32 which)
+{
+	__u64 *value = map_lookup(MAP(CONFIG), &which);
+
+	return value ? *value : 0;
+}
+
+/* A number that no other request, connection or generation has: time, and the CPU where two have the same. */
+INLINE __u64 unique(void)
+{
+	return ktime_ns() << 8 | (cpu_id() & 255);
+}
+
+INLINE __u64 run_delay(void)
+{
+	return kernel_word(current_task() + OFF_TASK_RUN_DELAY);
+}
+
+/* Wakes the reader only where the ring is an eighth full; it looks by itself every so often. Returns 0 or 1 (lost, counted). */
+INLINE int emit(void *event, __u64 size, __u32 lost)
+{
+	__u64 flags = ring_query(MAP(EVENTS), 0) * 8 > ring_query(MAP(EVENTS), 1) ? RING_FORCE_WAKEUP : RING_NO_WAKEUP;
+
+	if (!ring_output(MAP(EVENTS), event, size, flags))
+		return 0;
+	stat_add(lost, 1);
+	return 1;
+}
+
+INLINE void emit_process(__u32 what, __u32 tgid, __u32 other)
+{
+	struct bp_process_event e = {};
+
+	e.h.kind = EV_PROCESS;
+	e.h.what = what;
+	e.h.tgid = tgid;
+	e.h.ts = ktime_ns();
+	e.other = other;
+	emit(&e, sizeof(e), ST_RING_PROCESS);
+}
+
+INLINE struct scratch *scratch(void)
+{
+	__u32 zero = 0;
+
+	return map_lookup(MAP(SCRATCH), &zero);
+}
+
+INLINE struct thread *thread(void)
+{
+	__u32 tid = pid_tgid();
+
+	return map_lookup(MAP(THREADS), &tid);
+}
+
+INLINE __u64 fd_key(__u32 tgid, __u64 fd)
+{
+	return (__u64)tgid << 32 | (__u32)fd;
+}
+
+/* The kernel's file behind a descriptor of the current process, or 0. */
+INLINE __u64 file_of(__u32 fd)
+{
+	__u64 files = kernel_word(current_task() + OFF_TASK_FILES);
+	__u64 table = kernel_word(files + OFF_FILES_FDT);
+
+	if (fd >= kernel_half(table + OFF_FDT_MAX))
+		return 0;
+	return kernel_word(kernel_word(table + OFF_FDT_FD) + 8ULL * fd);
+}
+
+#define S_IFMT 0170000
+#define S_IFSOCK 0140000
+#define S_IFREG 0100000
+
+/* What a descriptor is; looked up in the kernel's own table the first time that it is met. */
+INLINE struct fd *fd_of(__u32 tgid, __u64 number)
+{
+	__u64 key = fd_key(tgid, number);
+	struct fd *known = map_lookup(MAP(FDS), &key);
+	struct fd found = {};
+	__u64 file;
+	__u32 type;
+
+	if (known)
+		return known;
+	file = file_of(number);
+	if (!file) {
+		stat_add(ST_FD_UNRESOLVED, 1);
+		return 0;
+	}
+	type = kernel_short(kernel_word(file + OFF_FILE_INODE) + OFF_INODE_MODE) & S_IFMT;
+	found.kind = FD_OTHER;
+	if (type == S_IFSOCK) {
+		found.kind = FD_SOCKET;
+		found.object = kernel_word(kernel_word(file + OFF_FILE_PRIVATE) + OFF_SOCKET_SK);
+	} else if (type == S_IFREG) {
+		__u32 *parent = map_lookup(MAP(PARENTS), &tgid);
+		struct fd *inherited = 0;
+
+		if (parent) {
+			__u64 parent_key = fd_key(*parent, number);
+
+			inherited = map_lookup(MAP(FDS), &parent_key);
+		}
+		found.kind = FD_FILE;
+		if (inherited && inherited->kind == FD_FILE) {
+			found.object = inherited->object;
+		} else {
+			struct bp_unknown_fd_event e = {};
+
+			found.object = unique();
+			e.h.kind = EV_UNKNOWN_FD;
+			e.h.tgid = tgid;
+			e.h.ts = ktime_ns();
+			e.gen = found.object;
+			e.fd = number;
+			emit(&e, sizeof(e), ST_RING_PROCESS);
+		}
+	}
+	if (map_update(MAP(FDS), &key, &found, 0))
+		stat_add(ST_MAP_FDS, 1);
+	return map_lookup(MAP(FDS), &key);
+}
+
+INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind)
+{
+	__u64 key = fd_key(tgid, number);
+	struct fd value = {};
+
+	value.object = object;
+	value.kind = kind;
+	if (map_update(MAP(FDS), &key, &value, 0))
+		stat_add(ST_MAP_FDS, 1);
+}
+
+/* Sends what was summed for one file and request, and forgets it. */
+INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid)
+{
+	struct work_key key = { gen, rid };
+	struct work *w = map_lookup(MAP(WORK), &key);
+	struct bp_file_event e = {};
+
+	if (!w)
+		return;
+	e.h.kind = EV_FILE;
+	e.h.tgid = pid_tgid() >> 32;
+	e.h.ts = ktime_ns();
+	e.h.rid = rid;
+	e.gen = gen;
+	e.write_bytes = w->write_bytes;
+	e.read_bytes = w->read_bytes;
+	e.write_ns = w->write_ns;
+	e.read_ns = w->read_ns;
+	e.sync_ns = w->sync_ns;
+	e.other_ns = w->other_ns;
+	e.first_ns = w->first_ns;
+	e.last_ns = w->last_ns;
+	e.write_calls = w->write_calls;
+	e.read_calls = w->read_calls;
+	e.syncs = w->syncs;
+	e.others = w->others;
+	map_delete(MAP(WORK), &key);
+	t->lost += emit(&e, sizeof(e), ST_RING_FILE);
+}
+
+#define UNTIED_NS 1000000000ULL /* how long work that belongs to no request is summed before it is sent */
+
+/* The sum to which a call on this file counts, or 0 where there is no room (counted). */
+INLINE struct work *work_of(struct thread *t, __u64 gen, __u64 now)
+{
+	struct work_key key = { gen, t->rid };
+	struct work *w = map_lookup(MAP(WORK), &key);
+	struct work fresh = {};
+	__u32 place;
+
+	if (w && !t->rid && now - w->first_ns > UNTIED_NS) {
+		work_emit(t, gen, 0);
+		w = 0;
+	}
+	if (w)
+		goto found;
+	fresh.first_ns = t->enter_ns;
+	if (map_update(MAP(WORK), &key, &fresh, NOEXIST)) {
+		stat_add(ST_MAP_FILES, 1);
+		t->lost++;
+		return 0;
+	}
+	if (t->rid) {
+		place = t->nfiles & (THREAD_FILES - 1);
+		if (t->nfiles >= THREAD_FILES)
+			work_emit(t, t->files[place], t->rid);
+		t->files[place] = gen;
+		t->nfiles++;
+	}
+	w = map_lookup(MAP(WORK), &key);
+	if (!w)
+		return 0;
+found:
+	w->last_ns = now;
+	return w;
+}
+
+/* Sends all sums of the thread's request. */
+INLINE void work_flush(struct thread *t)
+{
+	__u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < THREAD_FILES; i++) {
+		if (i >= t->nfiles)
+			break;
+		work_emit(t, t->files[i], t->rid);
+	}
+	t->nfiles = 0;
+}
+
+/* The thread works on this request from now on. Two unfinished requests on one thread blur each other's file work: both say so. */
+INLINE void bind(struct thread *t, __u64 sk, struct conn *c, struct slot *s)
+{
+	__u32 tid = pid_tgid();
+
+	if (s->tid && s->tid != tid)
+		s->flags |= RF_MOVED;
+	s->tid = tid;
+	if (t->rid == s->rid)
+		return;
+	if (t->rid && t->sk != sk) {
+		struct conn *other = map_lookup(MAP(CONNS), &t->sk);
+
+		if (other) {
+			struct slot *o = &other->q[other->tx_seq & (PIPELINE - 1)];
+
+			if (o->rid == t->rid && o->begun && !o->ended) {
+				o->flags |= RF_INTERLEAVED;
+				s->flags |= RF_INTERLEAVED;
+			}
+		}
+	}
+	if (t->rid)
+		work_flush(t);
+	t->sk = sk;
+	t->rid = s->rid;
+	t->runqueue_ns = 0;
+	t->lost = 0;
+}
+
+/* Sends the end of a request. `t` is its thread, or 0 where another context ended it. */
+INLINE void end_emit(struct conn *c, struct slot *s, struct thread *t, __u32 outcome, __u64 end_ns)
+{
+	struct bp_end_event e = {};
+
+	e.h.kind = EV_END;
+	e.h.what = outcome;
+	e.h.tgid = c->tgid;
+	e.h.ts = ktime_ns();
+	e.h.rid = s->rid;
+	e.conn = c->id;
+	e.start_ns = s->start_ns;
+	e.end_ns = end_ns;
+	e.established_ns = c->established_ns;
+	e.accept_ns = c->accept_ns;
+	e.first_read_ns = s->first_read_ns;
+	e.bytes_in = s->rx_complete ? s->bytes_in : c->dir[0].entity;
+	e.bytes_out = c->dir[1].entity;
+	e.recv_ns = s->recv_ns;
+	e.send_ns = s->send_ns;
+	e.wait_rx_ns = s->wait_rx_ns;
+	e.wait_tx_ns = s->wait_tx_ns;
+	e.sequence = c->tx_seq;
+	e.tid = s->tid;
+	e.recv_calls = s->recv_calls;
+	e.send_calls = s->send_calls;
+	e.status = c->dir[1].status;
+	e.flags = s->flags | c->flags;
+	e.lost = s->lost;
+	e.framed = c->dir[0].mode != HTTP1_LOST;
+	if (t && t->rid == s->rid) {
+		e.runqueue_ns = t->runqueue_ns;
+		e.lost += t->lost;
+	}
+	stat_add(ST_COMPLETE + outcome, 1);
+	emit(&e, sizeof(e), ST_RING_END);
+}
+
+#endif

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Processes: children of a target are targets from their first instruction; ends are cleaned up after. */
+#include "probe.h"
+
+/* sched:sched_process_fork(parent, child), in the parent's context */
+int process_fork(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 parent = pid_tgid() >> 32;
+	__u32 child = kernel_half(ctx->args[1] + OFF_TASK_TGID);
+	unsigned char *byte;
+
+	if (child == parent)
+		return 0; /* a thread */
+	byte = target_byte(child);
+	if (!byte)
+		return 0;
+	if (!is_target(parent)) {
+		*byte = 0; /* the number of a target that is gone */
+		return 0;
+	}
+	*byte = 1;
+	map_update(MAP(PARENTS), &child, &parent, 0);
+	emit_process(PR_FORK, child, parent);
+	return 0;
+}
+
+/* sched:sched_process_exec(task, old_pid, bprm) */
+int process_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32;
+
+	if (is_target(tgid) || config(CFG_WATCH_EXEC))
+		emit_process(PR_EXEC, tgid, 0);
+	return 0;
+}
+
+/* sched:sched_process_exit(task), in the task's own context */
+int process_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 id = pid_tgid();
+	__u32 tgid = id >> 32, tid = id;
+	struct thread *t;
+
+	if (!is_target(tgid))
+		return 0;
+	t = map_lookup(MAP(THREADS), &tid);
+	if (t) {
+		if (t->rid)
+			work_flush(t);
+		map_delete(MAP(THREADS), &tid);
+	}
+	if (tid == tgid) {
+		map_delete(MAP(PARENTS), &tgid);
+		emit_process(PR_EXIT, tgid, 0);
+	}
+	return 0;
+}

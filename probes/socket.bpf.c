@@ -1,0 +1,811 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Connections and requests. A request is a place on a connection, and a connection is the kernel's socket: dup, fork, passing
+ * and reuse of descriptors change nothing. Heads are followed byte by byte; bodies are counted and never read.
+ */
+#include "probe.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define TCP_ESTABLISHED 1
+#define TCP_SYN_RECV 3
+#define TCP_FIN_WAIT1 4
+#define TCP_CLOSE 7
+#define TCP_CLOSE_WAIT 8
+#define TCP_LAST_ACK 9
+#define TCP_LISTEN 10
+#define METHOD_HEAD 1
+#define METHOD_CONNECT 2
+#define MSG_PEEK 2
+#define MSG_ERRQUEUE 0x2000
+
+INLINE struct conn *conn_new(__u64 sk, __u32 tgid, __u64 established_ns, __u32 flags)
+{
+	struct scratch *x = scratch();
+	struct conn *c;
+
+	if (!x)
+		return 0;
+	if (map_update(MAP(CONNS), &sk, &x->blank, NOEXIST)) {
+		stat_add(ST_MAP_CONNECTIONS, 1);
+		return 0;
+	}
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		return 0;
+	c->id = unique();
+	c->established_ns = established_ns;
+	c->tgid = tgid;
+	c->flags = flags;
+	http1_next(&c->dir[0]);
+	http1_next(&c->dir[1]);
+	c->dir[1].response = 1;
+	stat_add(ST_CONNECTIONS, 1);
+	return c;
+}
+
+/* The connection of the service behind a socket descriptor, or 0. One that is older than the agent is met here. */
+INLINE struct conn *conn_of(struct fd *f, __u32 tgid)
+{
+	__u64 sk = f->object;
+	struct conn *c = map_lookup(MAP(CONNS), &sk);
+	__u32 port, family, state;
+
+	if (c || f->not_served)
+		return c;
+	port = kernel_short(sk + OFF_SOCK_NUM);
+	family = kernel_short(sk + OFF_SOCK_FAMILY);
+	state = kernel_short(sk + OFF_SOCK_STATE) & 255;
+	if ((family == AF_INET || family == AF_INET6) && (state == TCP_ESTABLISHED || state == TCP_CLOSE_WAIT) &&
+	    map_lookup(MAP(PORTS), &port)) {
+		stat_add(ST_CONNECTIONS_OLD, 1);
+		return conn_new(sk, tgid, 0, RF_OLD | RF_NO_ACCEPT);
+	}
+	f->not_served = 1;
+	return 0;
+}
+
+/* Opens the slot of the request whose first bytes are being read now. */
+INLINE void slot_open(struct conn *c, struct slot *s, __u64 enter_ns, __u64 now)
+{
+	__u64 ready = c->ready_ns ? c->ready_ns : c->last_ready_ns;
+
+	s->rid = unique();
+	s->start_ns = now;
+	if (ready) {
+		s->flags |= RF_QUEUE_SEEN;
+		s->start_ns = ready;
+		/* A first request that lay there before the server accepted waited from the start on: the accept queue is its queue. */
+		if (!c->rx_seq && c->established_ns && (!c->accept_ns || ready <= c->accept_ns))
+			s->start_ns = c->established_ns;
+	}
+	s->first_read_ns = enter_ns > s->start_ns ? enter_ns : s->start_ns;
+	c->ready_ns = 0;
+}
+
+INLINE void slot_free(struct slot *s)
+{
+	s->rid = 0;
+	s->start_ns = 0;
+	s->first_read_ns = 0;
+	s->recv_ns = 0;
+	s->send_ns = 0;
+	s->wait_rx_ns = 0;
+	s->wait_tx_ns = 0;
+	s->bytes_in = 0;
+	s->recv_calls = 0;
+	s->send_calls = 0;
+	s->tid = 0;
+	s->lost = 0;
+	s->flags = 0;
+	s->begun = 0;
+	s->rx_complete = 0;
+	s->ended = 0;
+	s->method = 0;
+}
+
+INLINE struct slot *receiving(struct conn *c)
+{
+	return &c->q[c->rx_seq & (PIPELINE - 1)];
+}
+
+INLINE struct slot *answering(struct conn *c)
+{
+	return &c->q[c->tx_seq & (PIPELINE - 1)];
+}
+
+/* The request at the front of the connection, if the server can be working on it. */
+INLINE struct slot *current(struct conn *c)
+{
+	struct slot *s = answering(c);
+
+	return s->rid && !s->ended ? s : 0;
+}
+
+INLINE void lose(struct conn *c, __u32 dir, __u32 why)
+{
+	c->dir[dir & 1].mode = HTTP1_LOST;
+	stat_add(why, 1);
+}
+
+/* Points the scratch cursor at the buffer (or vector) of a call that moved `total` bytes. */
+INLINE void cursor(struct scratch *x, struct thread *t, __u64 sk, __u32 dir, __u64 total, __u64 now)
+{
+	__u32 nr = t->nr;
+	__u64 vector = 0, count = 0;
+
+	x->sk = sk;
+	x->dir = dir;
+	x->offset = 0;
+	x->total = total;
+	x->enter_ns = t->enter_ns;
+	x->now = now;
+	x->vectors = 0;
+	x->base = t->a1;
+	if (nr == NR_sendfile || nr == NR_splice) {
+		x->base = 0;
+	} else if (nr == NR_readv || nr == NR_writev || nr == NR_preadv || nr == NR_preadv2 || nr == NR_pwritev ||
+		   nr == NR_pwritev2) {
+		vector = t->a1;
+		count = t->a2;
+	} else if (nr == NR_recvmsg || nr == NR_sendmsg) {
+		struct {
+			__u64 iov, iovlen;
+		} message = {};
+
+		read_user(&message, sizeof(message), (void *)(t->a1 + 16)); /* struct msghdr: msg_iov, msg_iovlen */
+		vector = message.iov;
+		count = message.iovlen;
+	}
+	if (!vector)
+		return;
+	if (count > VECTORS)
+		count = VECTORS;
+	x->base = 0;
+	BOUND(count, 31);
+	if (count <= VECTORS && !read_user(x->vector, count * sizeof(struct vector), (void *)vector))
+		x->vectors = count;
+}
+
+/* Where the byte at the cursor lies, and how many follow it there. 0: it cannot be seen. */
+INLINE __u64 locate(struct scratch *x, __u64 *left)
+{
+	__u64 offset = x->offset;
+	__u32 i;
+
+	*left = x->total - offset;
+	if (!x->vectors)
+		return x->base ? x->base + offset : 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < VECTORS; i++) {
+		__u64 length;
+
+		if (i >= x->vectors)
+			break;
+		length = x->vector[i].length;
+		if (offset < length) {
+			if (*left > length - offset)
+				*left = length - offset;
+			return x->vector[i].base + offset;
+		}
+		offset -= length;
+	}
+	stat_add(ST_VECTOR_TOO_LONG, 1);
+	return 0;
+}
+
+/* read, recv and their families */
+int on_receive(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32;
+	struct thread *t = thread();
+	struct scratch *x = scratch();
+	long ret = ctx->args[1];
+	__u64 now = ktime_ns(), sk;
+	struct fd *f;
+	struct conn *c;
+	struct slot *s;
+
+	if (!t || !x)
+		return 0;
+	f = fd_of(tgid, t->a0);
+	if (!f)
+		return 0;
+	if (f->kind == FD_FILE) {
+		struct work *w = ret < 0 ? 0 : work_of(t, f->object, now);
+
+		if (w) {
+			w->read_calls++;
+			w->read_bytes += ret;
+			w->read_ns += now - t->enter_ns;
+		}
+		return 0;
+	}
+	if (f->kind != FD_SOCKET)
+		return 0;
+	if ((t->nr == NR_recvfrom && t->a3 & (MSG_PEEK | MSG_ERRQUEUE)) || (t->nr == NR_recvmsg && t->a2 & (MSG_PEEK | MSG_ERRQUEUE)))
+		return 0;
+	c = conn_of(f, tgid);
+	if (!c)
+		return 0;
+	sk = f->object;
+	s = receiving(c);
+	if (ret <= 0) {
+		if (s->begun && !s->rx_complete) {
+			s->recv_ns += now - t->enter_ns;
+			s->recv_calls++;
+		}
+		return 0;
+	}
+	if (t->nr == NR_recvmmsg) {
+		lose(c, 0, ST_CALL_UNSUPPORTED);
+		return 0;
+	}
+	c->tgid = tgid;
+	if (!s->rid && c->dir[0].mode == HTTP1_HEAD)
+		slot_open(c, s, t->enter_ns, now);
+	if (s->rid) {
+		s->recv_ns += now - (t->enter_ns > s->start_ns ? t->enter_ns : s->start_ns);
+		s->recv_calls++;
+	}
+	s = current(c);
+	if (s)
+		bind(t, sk, c, s);
+	if (c->dir[0].mode == HTTP1_LOST)
+		return 0;
+	if (c->dir[0].mode == HTTP1_BODY && c->dir[0].left > ret) {
+		http1_skip(&c->dir[0], ret);
+		return 0;
+	}
+	cursor(x, t, sk, 0, ret, now);
+	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	return 0;
+}
+
+/* Bytes handed to the kernel for the connection: all but the framing. */
+INLINE struct slot *sending(struct thread *t, struct conn *c, __u64 sk, long ret, __u64 now)
+{
+	struct slot *s = current(c);
+
+	if (!s || !s->begun) {
+		if (ret > 0 && !(c->flags & RF_OLD) && c->dir[1].mode != HTTP1_LOST)
+			stat_add(ST_UNSOLICITED, 1);
+		return 0;
+	}
+	bind(t, sk, c, s);
+	s->send_calls++;
+	if (ret > 0)
+		c->last_tx_ns = now;
+	return ret > 0 ? s : 0;
+}
+
+/* write, send and their families */
+int on_send(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32;
+	struct thread *t = thread();
+	struct scratch *x = scratch();
+	long ret = ctx->args[1];
+	__u64 now = ktime_ns(), sk;
+	struct fd *f;
+	struct conn *c;
+	struct slot *s;
+
+	if (!t || !x)
+		return 0;
+	f = fd_of(tgid, t->a0);
+	if (!f)
+		return 0;
+	if (f->kind == FD_FILE) {
+		struct work *w = ret < 0 ? 0 : work_of(t, f->object, now);
+
+		if (w) {
+			w->write_calls++;
+			w->write_bytes += ret;
+			w->write_ns += now - t->enter_ns;
+		}
+		return 0;
+	}
+	if (f->kind != FD_SOCKET)
+		return 0;
+	c = conn_of(f, tgid);
+	if (!c)
+		return 0;
+	sk = f->object;
+	if (t->nr == NR_sendmmsg) {
+		lose(c, 1, ST_CALL_UNSUPPORTED);
+		return 0;
+	}
+	s = current(c);
+	if (s && s->begun)
+		s->send_ns += now - t->enter_ns;
+	if (!sending(t, c, sk, ret, now))
+		return 0;
+	if (c->dir[1].mode == HTTP1_LOST)
+		return 0;
+	if ((c->dir[1].mode == HTTP1_BODY && c->dir[1].left > ret) || c->dir[1].mode == HTTP1_UNTIL_CLOSE) {
+		http1_skip(&c->dir[1], ret);
+		return 0;
+	}
+	cursor(x, t, sk, 1, ret, now);
+	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	return 0;
+}
+
+/*
+ * sendfile(out, in, ...) and splice(in, _, out, ...): a file read into, or written from, a connection in one call. The call's time
+ * goes to the file: where two phases happen at once, the wall time is the storage's.
+ */
+int on_sendfile(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32;
+	struct thread *t = thread();
+	struct scratch *x = scratch();
+	long ret = ctx->args[1];
+	__u64 now = ktime_ns(), took, sk = 0, gen = 0;
+	__u32 from_socket = 0;
+	struct conn *c = 0;
+	struct slot *s;
+	struct work *w;
+	struct fd *f;
+
+	if (!t || !x || ret < 0)
+		return 0;
+	took = now - t->enter_ns;
+	f = fd_of(tgid, t->nr == NR_splice ? t->a2 : t->a0); /* out */
+	if (!f)
+		return 0;
+	if (f->kind == FD_SOCKET) {
+		c = conn_of(f, tgid);
+		sk = f->object;
+		if (c)
+			s = sending(t, c, sk, ret, now);
+	} else if (f->kind == FD_FILE) {
+		w = work_of(t, f->object, now);
+		if (w) {
+			w->write_calls++;
+			w->write_bytes += ret;
+			w->write_ns += took;
+			took = 0;
+		}
+	}
+	f = fd_of(tgid, t->nr == NR_splice ? t->a0 : t->a1); /* in */
+	if (!f)
+		return 0;
+	if (f->kind == FD_FILE) {
+		w = work_of(t, f->object, now);
+		if (w) {
+			w->read_calls++;
+			w->read_bytes += ret;
+			w->read_ns += took;
+			took = 0;
+		}
+	} else if (f->kind == FD_SOCKET) {
+		struct conn *from = conn_of(f, tgid);
+
+		if (from && !c) {
+			c = from;
+			sk = f->object;
+			from_socket = 1;
+		}
+	}
+	if (!c || !ret)
+		return 0;
+	if (from_socket) {
+		s = receiving(c);
+		if (s->rid) {
+			s->recv_calls++;
+			s->recv_ns += took;
+		}
+		s = current(c);
+		if (s)
+			bind(t, sk, c, s);
+		cursor(x, t, sk, 0, ret, now);
+	} else {
+		s = current(c);
+		if (!s || !s->begun)
+			return 0;
+		s->send_ns += took;
+		cursor(x, t, sk, 1, ret, now);
+	}
+	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	return 0;
+}
+
+int on_accept(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32, family;
+	long ret = ctx->args[1];
+	__u64 now = ktime_ns(), file, sk;
+	struct conn *c;
+
+	if (ret < 0)
+		return 0;
+	file = file_of(ret);
+	if (!file)
+		return 0;
+	sk = kernel_word(kernel_word(file + OFF_FILE_PRIVATE) + OFF_SOCKET_SK);
+	fd_set(tgid, ret, sk, FD_SOCKET);
+	family = kernel_short(sk + OFF_SOCK_FAMILY);
+	if (family != AF_INET && family != AF_INET6)
+		return 0;
+	stat_add(ST_ACCEPTED, 1);
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		c = conn_new(sk, tgid, 0, 0);
+	if (!c)
+		return 0;
+	if (c->established_ns && !c->accept_ns)
+		stat_add(ST_DEQUEUED, 1);
+	c->accept_ns = now;
+	c->tgid = tgid;
+	return 0;
+}
+
+/* poll, select, epoll: a thread that waits while its request's body, or room for the response, is to come */
+int on_wait(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct thread *t = thread();
+	struct conn *c;
+	struct slot *s;
+	__u64 took;
+
+	if (!t || !t->rid)
+		return 0;
+	c = map_lookup(MAP(CONNS), &t->sk);
+	if (!c)
+		return 0;
+	s = answering(c);
+	if (s->rid != t->rid || !s->rid)
+		return 0;
+	took = ktime_ns() - t->enter_ns;
+	if (!s->rx_complete)
+		s->wait_rx_ns += took;
+	else if (c->dir[1].head)
+		s->wait_tx_ns += took;
+	return 0;
+}
+
+/* A request's body is complete, or it has none. */
+INLINE void received(struct conn *c, struct slot *s)
+{
+	s->bytes_in = c->dir[0].entity;
+	s->rx_complete = 1;
+	http1_next(&c->dir[0]);
+	c->rx_seq++;
+	if (s->ended)
+		slot_free(s);
+	if (c->rx_seq - c->tx_seq >= PIPELINE && c->rx_seq != c->tx_seq)
+		lose(c, 0, ST_PIPELINE_FULL);
+}
+
+/* One step through the bytes that a call moved: a body's rest, or a window of a head. Calls itself for the next. */
+int on_frame(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct scratch *x = scratch();
+	__u32 dir, n, used = 0;
+	__u64 address, left, sk;
+	struct conn *c;
+	struct http1 *d;
+	struct slot *s;
+	int result;
+
+	if (!x || x->offset >= x->total)
+		return 0;
+	sk = x->sk;
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		return 0;
+	dir = x->dir & 1;
+	d = &c->dir[dir];
+	if (d->mode == HTTP1_LOST)
+		return 0;
+	if (d->mode == HTTP1_BODY || d->mode == HTTP1_UNTIL_CLOSE) {
+		x->offset += http1_skip(d, x->total - x->offset);
+		if (d->mode == HTTP1_UNTIL_CLOSE || d->left)
+			return 0;
+		goto complete;
+	}
+	if (d->mode != HTTP1_HEAD) {
+		tail_call(ctx, MAP(HANDLERS), H_CHUNK);
+		return 0;
+	}
+	s = dir ? answering(c) : receiving(c);
+	if (!dir && !s->rid)
+		slot_open(c, s, x->enter_ns, x->now);
+	if (dir && (!s->begun || s->ended))
+		return 0;
+	address = locate(x, &left);
+	n = left > HTTP1_WINDOW ? HTTP1_WINDOW : left;
+	BOUND(n, 2 * HTTP1_WINDOW - 1);
+	if (n > HTTP1_WINDOW)
+		return 0;
+	if (!address || read_user(x->head.bytes, n, (void *)address)) {
+		lose(c, dir, ST_HEAD_UNREADABLE);
+		return 0;
+	}
+	x->step.n = n;
+	http1_head(d, x->head.bytes, &x->step);
+	result = ((volatile struct http1_step *)&x->step)->result;
+	used = ((volatile struct http1_step *)&x->step)->used;
+	x->offset += used;
+	if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && d->flags & HTTP1_BAD)) {
+		/* On a connection that was met in the middle, this may be the rest of a body: look again at the next read. */
+		if (!dir && c->flags & RF_OLD && !s->begun && !c->rx_seq) {
+			http1_next(d);
+			slot_free(s);
+			return 0;
+		}
+		if (!dir)
+			slot_free(s);
+		lose(c, dir, ST_HEAD_MALFORMED);
+		return 0;
+	}
+	if (d->head - used < config(CFG_HEAD_BYTES)) {
+		struct bp_head_event *e = &x->head.e;
+		__u32 size = used;
+
+		e->h.kind = EV_HEAD;
+		e->h.what = dir;
+		e->h.n = used;
+		e->h.tgid = c->tgid;
+		e->h.ts = x->now;
+		e->h.rid = s->rid;
+		e->conn = c->id;
+		e->last = result == HTTP1_DONE;
+		e->status = d->status;
+		BOUND(size, 2 * HEAD_BYTES - 1);
+		if (size <= HEAD_BYTES)
+			s->lost += emit(&x->head, sizeof(*e) + size, ST_RING_HEAD);
+	}
+	if (result != HTTP1_DONE)
+		goto more;
+	if (!dir) {
+		s->begun = 1;
+		s->method = d->first == HTTP1_METHOD_HEAD ? METHOD_HEAD : d->first == HTTP1_METHOD_CONNECT ? METHOD_CONNECT : 0;
+		if (c->rx_seq != c->tx_seq)
+			s->flags |= RF_PIPELINED;
+		stat_add(ST_BEGUN, 1);
+	} else if (d->status < 200) {
+		if (d->status == 101) {
+			stat_add(ST_UPGRADES, 1);
+			c->dir[0].mode = HTTP1_LOST;
+			tail_call(ctx, MAP(HANDLERS), H_FINISH);
+			return 0;
+		}
+		stat_add(ST_INTERIM_RESPONSES, 1);
+		http1_next(d);
+		goto more;
+	} else if (s->method == METHOD_CONNECT && d->status < 300) {
+		stat_add(ST_UPGRADES, 1);
+		c->dir[0].mode = HTTP1_LOST;
+		tail_call(ctx, MAP(HANDLERS), H_FINISH);
+		return 0;
+	}
+	if (http1_body(d, s->method == METHOD_HEAD))
+		goto more;
+complete:
+	if (dir) {
+		tail_call(ctx, MAP(HANDLERS), H_FINISH);
+		return 0;
+	}
+	received(c, receiving(c));
+more:
+	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	/* The kernel allows 33 in a row: a longer head or more messages in one call cannot be followed. */
+	if (x->offset < x->total)
+		lose(c, dir, ST_HEAD_UNREADABLE);
+	return 0;
+}
+
+#define CHUNKS 16 /* framing steps of one program; with its calls to itself, some 500 chunks in one system call */
+
+int on_chunk(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct scratch *x = scratch();
+	struct conn *c;
+	struct http1 *d;
+	__u32 i, dir;
+	__u64 sk;
+
+	if (!x)
+		return 0;
+	sk = x->sk;
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		return 0;
+	dir = x->dir & 1;
+	d = &c->dir[dir];
+#pragma clang loop unroll(disable)
+	for (i = 0; i < CHUNKS; i++) {
+		__u64 address, left;
+		int result;
+		__u32 n;
+
+		if (d->mode == HTTP1_CHUNK_DATA)
+			x->offset += http1_skip(d, x->total - x->offset);
+		if (x->offset >= x->total)
+			return 0;
+		address = locate(x, &left);
+		n = left > HTTP1_LINE ? HTTP1_LINE : left;
+		BOUND(n, 31);
+		if (n > HTTP1_LINE)
+			return 0;
+		if (!address || read_user(x->head.bytes, n, (void *)address)) {
+			lose(c, dir, ST_HEAD_UNREADABLE);
+			return 0;
+		}
+		x->step.n = n;
+		http1_chunk(d, x->head.bytes, &x->step);
+		result = ((volatile struct http1_step *)&x->step)->result;
+		x->offset += ((volatile struct http1_step *)&x->step)->used;
+		if (result == HTTP1_MALFORMED) {
+			lose(c, dir, ST_CHUNK_MALFORMED);
+			return 0;
+		}
+		if (result == HTTP1_DONE) {
+			if (dir) {
+				tail_call(ctx, MAP(HANDLERS), H_FINISH);
+				return 0;
+			}
+			received(c, receiving(c));
+			tail_call(ctx, MAP(HANDLERS), H_FRAME);
+			return 0;
+		}
+	}
+	tail_call(ctx, MAP(HANDLERS), H_CHUNK);
+	lose(c, dir, ST_CHUNK_TOO_MANY);
+	return 0;
+}
+
+/* The final response is with the kernel, whole. */
+int on_finish(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct scratch *x = scratch();
+	struct thread *t = thread();
+	struct conn *c;
+	struct slot *s;
+	__u64 sk;
+
+	if (!x || !t)
+		return 0;
+	sk = x->sk;
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		return 0;
+	s = answering(c);
+	if (t->rid == s->rid)
+		work_flush(t);
+	end_emit(c, s, t, END_COMPLETE, x->now);
+	t->rid = 0;
+	s->ended = 1;
+	if (s->rx_complete)
+		slot_free(s);
+	c->tx_seq++;
+	c->dir[1].status = 0;
+	http1_next(&c->dir[1]);
+	s = current(c);
+	if (s && s->begun)
+		bind(t, sk, c, s); /* the next one came in the same read: no other call will tell */
+	else if (c->dir[0].mode == HTTP1_LOST)
+		c->dir[1].mode = HTTP1_LOST; /* another protocol from here on */
+	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	return 0;
+}
+
+/* Ends what is unfinished on a connection that goes away. */
+INLINE void abandon(struct conn *c, __u32 outcome, __u64 now)
+{
+	struct slot *s;
+	__u32 i;
+
+	if (c->dir[0].head && c->dir[0].mode == HTTP1_HEAD)
+		stat_add(ST_HEAD_INCOMPLETE, 1);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PIPELINE; i++) {
+		s = answering(c);
+		if (!s->rid)
+			break;
+		if (s->begun && !s->ended)
+			end_emit(c, s, 0, outcome, now);
+		slot_free(s);
+		c->tx_seq++;
+		http1_next(&c->dir[1]);
+		c->dir[1].status = 0;
+	}
+}
+
+/* sock:inet_sock_set_state(sk, old, new): a connection's life, whoever holds descriptors of it. In any context. */
+int sock_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 sk = ctx->args[0], now = ktime_ns();
+	__u32 old = ctx->args[1], new = ctx->args[2], port, *served;
+	struct conn *c;
+	struct slot *s;
+
+	if (new == TCP_LISTEN) {
+		__u32 tgid = pid_tgid() >> 32, value;
+		unsigned char *byte;
+
+		port = kernel_short(sk + OFF_SOCK_NUM);
+		served = map_lookup(MAP(PORTS), &port);
+		byte = target_byte(tgid);
+		if (!byte || !(*byte || (served && *served & PORT_CONFIGURED)))
+			return 0;
+		*byte = 1;
+		value = PORT_SERVED | (served ? *served : 0);
+		map_update(MAP(PORTS), &port, &value, 0);
+		emit_process(PR_LISTEN, tgid, port);
+		return 0;
+	}
+	if (new == TCP_ESTABLISHED) {
+		if (old != TCP_SYN_RECV)
+			return 0;
+		port = kernel_short(sk + OFF_SOCK_NUM);
+		if (!map_lookup(MAP(PORTS), &port))
+			return 0;
+		c = map_lookup(MAP(CONNS), &sk);
+		if (c) {
+			stat_add(ST_CONNECTION_REPLACED, 1);
+			abandon(c, END_UNOBSERVED, now);
+			if (c->established_ns && !c->accept_ns)
+				stat_add(ST_DEQUEUED, 1);
+			map_delete(MAP(CONNS), &sk);
+		}
+		if (conn_new(sk, 0, now, 0))
+			stat_add(ST_QUEUED, 1);
+		return 0;
+	}
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		return 0;
+	if (new == TCP_CLOSE_WAIT) {
+		c->peer_fin = 1;
+		return 0;
+	}
+	if (new != TCP_FIN_WAIT1 && new != TCP_LAST_ACK && new != TCP_CLOSE)
+		return 0;
+	s = answering(c);
+	if (s->rid && !s->ended && s->begun && c->dir[1].mode == HTTP1_UNTIL_CLOSE && !c->reset) {
+		end_emit(c, s, 0, END_COMPLETE, c->last_tx_ns); /* the close is the end of such a response */
+		s->ended = 1;
+		slot_free(s);
+		c->tx_seq++;
+		http1_next(&c->dir[1]);
+		c->dir[1].status = 0;
+	}
+	/* Half a response seen on a connection whose framing was lost is not known to be incomplete. */
+	abandon(c, c->dir[1].mode == HTTP1_LOST ? END_UNOBSERVED : c->reset || c->peer_fin ? END_CLIENT_CLOSED : END_SERVER_CLOSED, now);
+	if (new == TCP_CLOSE) {
+		stat_add(ST_CONNECTIONS_CLOSED, 1);
+		if (c->established_ns && !c->accept_ns)
+			stat_add(ST_DEQUEUED, 1);
+		map_delete(MAP(CONNS), &sk);
+	}
+	return 0;
+}
+
+/* tcp:tcp_receive_reset(sk): the peer broke the connection off */
+int sock_reset(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 sk = ctx->args[0];
+	struct conn *c = map_lookup(MAP(CONNS), &sk);
+
+	if (c)
+		c->reset = 1;
+	return 0;
+}
+
+/* sock:sk_data_ready(sk): bytes became readable, in softirq */
+int sock_ready(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 sk = ctx->args[0];
+	struct conn *c = map_lookup(MAP(CONNS), &sk);
+
+	if (!c)
+		return 0;
+	c->last_ready_ns = ktime_ns();
+	if (!c->ready_ns && c->dir[0].mode == HTTP1_HEAD && !c->dir[0].head)
+		c->ready_ns = c->last_ready_ns;
+	return 0;
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Every system call's entry and exit: the target filter first, then the handler of the call. */
+#include "probe.h"
+
+struct registers {
+	__u64 r10, r9, r8, ax, cx, dx, si, di, orig_ax;
+}; /* struct pt_regs from r10 on; its layout is part of the user ABI */
+
+/* The thread's entry with the call's number and arguments in it, made where there is none. 0: no room (counted). */
+INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr, struct registers *regs)
+{
+	if (!t) {
+		struct thread fresh = {};
+
+		if (map_update(MAP(THREADS), &tid, &fresh, NOEXIST)) {
+			stat_add(ST_MAP_THREADS, 1);
+			return 0;
+		}
+		t = map_lookup(MAP(THREADS), &tid);
+		if (!t)
+			return 0;
+	}
+	t->a0 = regs->di;
+	t->a1 = regs->si;
+	t->a2 = regs->dx;
+	t->a3 = regs->r10;
+	t->nr = nr;
+	t->call = call;
+	t->enter_ns = ktime_ns();
+	return t;
+}
+
+int sys_enter(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 id = pid_tgid();
+	__u32 tgid = id >> 32, tid = id, nr = ctx->args[1];
+	struct registers regs;
+	struct thread *t;
+	__u32 *call;
+	__u64 delay;
+
+	if (!is_target(tgid))
+		return 0;
+	call = map_lookup(MAP(CALLS), &nr);
+	if (!call || !*call)
+		return 0;
+	if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 7 * 8)))
+		return 0;
+	t = entered(tid, map_lookup(MAP(THREADS), &tid), *call, nr, &regs);
+	if (!t)
+		return 0;
+	delay = run_delay();
+	if (t->rid)
+		t->runqueue_ns += delay - t->run_delay;
+	t->run_delay = delay;
+	if (*call == H_CLOSE)
+		tail_call(ctx, MAP(HANDLERS), H_CLOSE); /* before the number can be used again */
+	return 0;
+}
+
+int sys_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 id = pid_tgid();
+	__u32 tid = id;
+	struct thread *t;
+	__u32 call;
+
+	if (!is_target(id >> 32))
+		return 0;
+	t = map_lookup(MAP(THREADS), &tid);
+	if (!t) {
+		/* The thread was in this call when it became a target: blocked in a read, say, that brings a request. */
+		struct registers regs;
+		__u32 nr, *handler;
+
+		if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 7 * 8)))
+			return 0;
+		nr = regs.orig_ax;
+		handler = map_lookup(MAP(CALLS), &nr);
+		if (!handler || !*handler || *handler == H_CLOSE)
+			return 0;
+		t = entered(tid, t, *handler, nr, &regs);
+		if (!t)
+			return 0;
+	}
+	if (!t->call)
+		return 0;
+	call = t->call;
+	t->call = 0;
+	t->run_delay = run_delay();
+	if (call == H_CLOSE) {
+		if (t->closing) {
+			__u64 now = ktime_ns();
+			struct work *w = work_of(t, t->closing, now);
+
+			if (w)
+				w->other_ns += now - t->enter_ns;
+			work_emit(t, t->closing, t->rid);
+			if (t->rid)
+				work_emit(t, t->closing, 0);
+			t->closing = 0;
+		}
+		return 0;
+	}
+	tail_call(ctx, MAP(HANDLERS), call);
+	return 0;
+}

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The direction of imports, as a table. A new module needs a row here: what it may know of the others.
+
+Read from the source, so that imports within functions count as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"bucketprobe": "bucketprobe", "probes": "bucketprobe.probes", "exporters": "bucketprobe.exporters"}
+
+#: Who may import whom, below `bucketprobe`; `*` stands for part of a name. From the vocabulary up to the command line.
+ALLOWED: dict[str, list[str]] = {
+    "": [],
+    "errors": [],
+    "model": [],
+    "abi": [],
+    "bpf": ["errors"],
+    "btf": ["errors"],
+    "http1": ["errors", "model"],
+    "route": ["errors", "model", "http1"],
+    "catalog": ["errors", "model", "abi"],
+    "config": ["errors", "model"],
+    "target": ["errors", "model", "config"],
+    "privileges": ["errors"],
+    "web": ["errors"],
+    "capture": ["errors", "model"],
+    "probes": [],
+    "probes.*": ["errors", "model", "abi"],
+    "program": ["errors", "abi", "bpf", "btf"],
+    # Runs under the system's Python, as a script that sees none of ours.
+    "loader": [],
+    "doctor": ["errors", "model", "bpf", "config", "privileges", "program", "target"],
+    "kernel": ["errors", "model", "abi", "bpf", "program"],
+    "decode": ["errors", "model", "abi"],
+    "tracker": ["errors", "model", "abi", "config", "decode", "http1", "route"],
+    "sinks": [],
+    "sinks.*": ["errors", "model", "catalog"],
+    "exporters": [],
+    "exporters.*": ["errors", "model", "catalog"],
+    "app": ["*"],
+    "cli": ["*"],
+    "demo": [],
+    "demo.bucket": ["errors"],
+    "demo.load": ["errors"],
+    "demo.__main__": ["errors", "model", "config", "capture", "cli", "demo", "demo.*"],
+}
+
+
+def module_name(path: Path) -> str:
+    """`bucketprobe.` left out; the package itself is the empty name."""
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join([FOLDERS[folder], *rest])
+    return name.removesuffix(".__init__").removeprefix("bucketprobe").removeprefix(".")
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Each imported module by its full name, and each imported name as if it were one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the direction"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+SOURCES = {module_name(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+IMPORTS = {module: set(imported(ast.parse(path.read_text()))) for module, path in SOURCES.items()}
+
+
+def ours(module: str) -> set[str]:
+    """The modules of ours that this one imports. That the package itself is imported first goes without saying."""
+    known = {name.removeprefix("bucketprobe.") for name in IMPORTS[module] if name.startswith("bucketprobe.")}
+    return known & SOURCES.keys() - {module}
+
+
+def row(module: str) -> list[str]:
+    """The module's own row, or else that of the pattern."""
+    if module in ALLOWED:
+        return ALLOWED[module]
+    rows = [allowed for pattern, allowed in ALLOWED.items() if fnmatchcase(module, pattern)]
+    assert len(rows) == 1, f"{module} has {len(rows)} rows in the table of tests/contract/test_layers.py, and needs one"
+    return rows[0]
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_what_its_row_allows(module: str) -> None:
+    allowed = row(module)
+    wrong = {name for name in ours(module) if not any(fnmatchcase(name, pattern) for pattern in allowed)}
+    assert not wrong
+
+
+def test_the_walk_sees_imports() -> None:
+    """Guards the rest: a table says nothing about imports that were not found."""
+    assert "model" in ours("route")
+    assert "http1" in ours("route")
+    tree = ast.parse("def f():\n    from bucketprobe import loader\n    import bcc.table")
+    assert set(imported(tree)) == {"bucketprobe", "bucketprobe.loader", "bcc.table"}
+
+
+def importers(name: str) -> set[str]:
+    return {module for module, names in IMPORTS.items() if any(each == name or each.startswith(f"{name}.") for each in names)}
+
+
+def test_only_the_loader_imports_bcc() -> None:
+    assert importers("bcc") == {"loader"}
+
+
+def test_only_the_command_line_imports_the_app() -> None:
+    assert importers("bucketprobe.app") <= {"cli"}
+
+
+def test_nothing_imports_the_command_line_but_the_demo() -> None:
+    assert importers("bucketprobe.cli") <= {"demo", "demo.__main__", "__main__"}
+
+
+@pytest.mark.parametrize("room", ["sinks", "exporters", "probes"])
+def test_siblings_do_not_know_each_other(room: str) -> None:
+    for module in SOURCES:
+        if module.startswith(f"{room}."):
+            assert not {name for name in ours(module) if name.split(".")[0] in ("sinks", "exporters", "probes", "app", "cli")}

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bucketprobe.abi import Kind, Stat
+from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, HealthSnapshot, Metric, catalog_table, health_table
+from bucketprobe.exporters.jsonl import CAUSES
+from bucketprobe.model import OUTCOMES
+
+DURATION = (0.1, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000)
+SIZE = (1024, 65536, 1048576, 16777216, 104857600, 268435456, 1073741824, 5368709120)
+
+PUBLISHED = {
+    "bucket.artifact.write.count": "bucket_artifact_write_count_total",
+    "bucket.artifact.write.duration": "bucket_artifact_write_duration_milliseconds",
+    "bucket.artifact.write.size": "bucket_artifact_write_size_bytes",
+    "bucket.artifact.read.count": "bucket_artifact_read_count_total",
+    "bucket.artifact.read.duration": "bucket_artifact_read_duration_milliseconds",
+    "bucket.artifact.phase.duration": "bucket_artifact_phase_duration_milliseconds",
+    "bucket.performance.queue_delay.duration": "bucket_performance_queue_delay_duration_milliseconds",
+    "bucket.storage.backlog_size.gauge": "bucket_storage_backlog_size_gauge",
+}
+
+
+def test_names_are_the_published_ones() -> None:
+    assert {metric.name: metric.prometheus_name for metric in CATALOG} == PUBLISHED
+
+
+def test_a_unit_that_the_name_has_is_not_appended_again() -> None:
+    assert Metric("bucket.storage.used_bytes.gauge", "gauge", "bytes", (), "h").prometheus_name == "bucket_storage_used_bytes_gauge"
+
+
+def test_buckets() -> None:
+    for metric in CATALOG:
+        expected = {"duration": DURATION, "size": SIZE}.get(metric.name.rpartition(".")[2], ())
+        assert metric.buckets == expected
+        assert list(metric.buckets) == sorted(metric.buckets)
+        assert (metric.kind == "histogram") == bool(metric.buckets)
+
+
+def test_closed_series_fit_their_tags_and_invent_no_status() -> None:
+    for metric in CATALOG:
+        assert all(len(values) == len(metric.tags) for values in metric.closed)
+        assert len(set(metric.closed)) == len(metric.closed)
+        assert not (metric.closed and "status" in metric.tags)
+
+
+def test_phases_start_for_each_artifact_operation() -> None:
+    phases = next(metric for metric in CATALOG if metric.name == "bucket.artifact.phase.duration")
+    assert {operation for operation, _ in phases.closed} == {"write", "read", "metadata", "list"}
+
+
+@pytest.mark.parametrize("row", HEALTH, ids=lambda row: row.name)
+def test_health_rows(row) -> None:
+    assert re.fullmatch(r"bucketprobe_[a-z_]+", row.name)
+    assert row.name.endswith("_total") == (row.kind == "counter")
+    assert row.help.endswith(".")
+    for values, value in row.read(HealthSnapshot()).items():
+        assert len(values) == len(row.labels)
+        assert value == (1 if row.name == "bucketprobe_build_info" else 0)
+
+
+def _health(name: str, now: HealthSnapshot):
+    return dict(next(row for row in HEALTH if row.name == name).read(now))
+
+
+def test_closed_counters_start_at_zero() -> None:
+    now = HealthSnapshot(finished={"complete": 2}, lost={("kernel", "ring_end"): 3}, events={"head": 4})
+    assert _health("bucketprobe_requests_finished_total", now) == dict.fromkeys(((o,) for o in OUTCOMES), 0) | {("complete",): 2}
+    assert _health("bucketprobe_lost_total", now) == dict.fromkeys(LOSSES, 0) | {("kernel", "ring_end"): 3}
+    assert _health("bucketprobe_events_total", now) == {(k.name.lower(),): 0 for k in Kind} | {("head",): 4}
+
+
+def test_losses_are_those_that_are_counted() -> None:
+    assert {cause for stage, cause in LOSSES if stage == "jsonl"} == set(CAUSES)
+    assert {cause for stage, cause in LOSSES if stage == "kernel"} == {s.name.lower() for s in Stat if s.value >= Stat.RING_HEAD.value}
+    assert len(set(LOSSES)) == len(LOSSES)
+
+
+def test_what_is_not_known_has_no_value() -> None:
+    now = HealthSnapshot(in_flight=3)
+    assert now.backlog is None
+    for name in ("capabilities", "ring_bytes", "process_cpu_seconds_total", "process_resident_memory_bytes"):
+        assert _health(f"bucketprobe_{name}", now) == {}
+    assert HealthSnapshot(in_flight=3, accept_queue=4).backlog == 7
+
+
+def test_tables_are_markdown_with_a_row_for_each_metric() -> None:
+    for table, count, columns in ((catalog_table(), len(CATALOG), 6), (health_table(), len(HEALTH), 4)):
+        lines = table.splitlines()
+        assert len(lines) == count + 2
+        assert {line.count("|") for line in lines} == {columns + 1}
+    assert "| `bucket.artifact.read.count` | `bucket_artifact_read_count_total` | counter |  | `cache`, `status` |" in catalog_table()
