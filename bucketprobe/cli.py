@@ -61,7 +61,7 @@ def agent_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--listen", metavar="HOST:PORT", help="Where /metrics, /healthz and /readyz are served. [127.0.0.1:9464]"),
         click.option("--records", metavar="PATH|-", help="Write one JSON object per finished request there; - is standard output."),
         click.option("--user", metavar="NAME", help="Whom the agent becomes once it is attached. [nobody]"),
-        click.option("--ring-bytes", type=int, metavar="N", help="Size of the event ring, a power of two. [262144]"),
+        click.option("--ring-bytes", type=int, metavar="N", help="Size of the event ring, a power of two. [1048576]"),
         click.option("--max-connections", type=int, metavar="N", help="Connections followed at once. [8192]"),
         click.option("--head-bytes", type=int, metavar="N", help="How much of a request's head is captured. [8192]"),
         click.option("--environment", metavar="TEXT", help="Value of the tag environment."),

@@ -97,7 +97,7 @@ class Settings:
     run_dir: str = "/run/bucketprobe"
     cache_dir: str = "/var/cache/bucketprobe"
     user: str = "nobody"
-    ring_bytes: int = 262_144
+    ring_bytes: int = 1_048_576
     max_connections: int = 8192
     head_bytes: int = 8192
 

@@ -65,7 +65,7 @@ def compose() -> str:
         lines.append(f"#define {name} {value}")
     for part in PARTS:
         lines += inline(f"{part}.bpf.c")
-    for structure in {m.value for m in abi.MAPS if isinstance(m.value, str)}:
+    for structure in sorted({m.value for m in abi.MAPS if isinstance(m.value, str)}):
         lines.append(f"int size_{structure.split()[-1]}(void *ctx) {{ return sizeof({structure}); }}")
     return "\n".join(lines) + "\n"
 

@@ -471,6 +471,7 @@ INLINE void received(struct conn *c, struct slot *s)
 {
 	s->bytes_in = c->dir[0].entity;
 	s->rx_complete = 1;
+	c->ready_ns = 0; /* bytes of this one that came while its slot was being opened, on another CPU */
 	http1_next(&c->dir[0]);
 	c->rx_seq++;
 	if (s->ended)
@@ -805,7 +806,7 @@ int sock_ready(struct bpf_raw_tracepoint_args *ctx)
 	if (!c)
 		return 0;
 	c->last_ready_ns = ktime_ns();
-	if (!c->ready_ns && c->dir[0].mode == HTTP1_HEAD && !c->dir[0].head)
+	if (!c->ready_ns && !receiving(c)->rid)
 		c->ready_ns = c->last_ready_ns;
 	return 0;
 }
