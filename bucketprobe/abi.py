@@ -167,7 +167,7 @@ class OpenEvent(ctypes.Structure):
 
 
 class FileEvent(ctypes.Structure):
-    """Work on one generation of a file for one request (`rid`, or 0), summed over its calls; durations in ns."""
+    """Work on one generation of a file for one request (`rid`, or 0), summed over its calls; durations in ns. `what`: its end."""
 
     _fields_ = (
         ("h", Header),
@@ -235,7 +235,7 @@ MMAPABLE = 1 << 10
 #: A map's number in the compiled program is MAP_BASE plus its place here; the loader puts the descriptor in its stead.
 MAP_BASE = 1000
 MAPS: tuple[Map, ...] = (
-    Map("events", RINGBUF, 0, 0, 262_144),
+    Map("events", RINGBUF, 0, 0, 1_048_576),
     Map("stats", PERCPU_ARRAY, 4, 8, 64),
     Map("handlers", PROG_ARRAY, 4, 4, 32),
     Map("calls", ARRAY, 4, 4, 512),

@@ -141,7 +141,7 @@ class Broker:
             elif opened.kind == "file":
                 self._generations += 1
                 gen = _GENERATION | self._generations
-                value = struct.pack("=QII", gen, abi.FileKind.FILE, 0)
+                value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
                 try:
                     bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | opened.fd), value, bpf.NOEXIST)
                 except OSError:

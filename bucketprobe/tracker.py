@@ -180,6 +180,8 @@ class Tracker:
 
     def _file(self, event: Any) -> None:
         generation = self._generations.get(event.gen, _UNKNOWN)
+        if event.what:  # its last descriptor is closed
+            self._generations.pop(event.gen, None)
         work = self._requests.get(event.rid) if event.rid else None
         if work is None:
             if event.rid:

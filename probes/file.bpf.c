@@ -49,7 +49,7 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 	e->ns = now - t->enter_ns;
 	e->tid = pid_tgid();
 	e->fd = ret;
-	fd_set(tgid, ret, e->gen, FD_FILE);
+	fd_set(tgid, ret, e->gen, FD_FILE, 0);
 	n = path_read((char *)(e + 1), path);
 	e->h.n = n;
 	BOUND(n, 2 * PATH_BYTES - 1);
@@ -76,6 +76,7 @@ int on_close(struct bpf_raw_tracepoint_args *ctx)
 			return 0;
 		if (f->kind == FD_FILE)
 			t->closing = f->object;
+		t->closing_last = !f->shared;
 		map_delete(MAP(FDS), &key);
 		return 0;
 	}
@@ -174,8 +175,10 @@ int on_dup(struct bpf_raw_tracepoint_args *ctx)
 	if (t->nr == NR_fcntl && t->a1 != F_DUPFD && t->a1 != F_DUPFD_CLOEXEC)
 		return 0;
 	f = fd_of(tgid, t->a0);
-	if (f)
-		fd_set(tgid, ret, f->object, f->kind);
+	if (!f)
+		return 0;
+	f->shared = 1;
+	fd_set(tgid, ret, f->object, f->kind, 1);
 	return 0;
 }
 

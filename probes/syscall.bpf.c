@@ -95,9 +95,9 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 
 			if (w)
 				w->other_ns += now - t->enter_ns;
-			work_emit(t, t->closing, t->rid);
 			if (t->rid)
-				work_emit(t, t->closing, 0);
+				work_emit(t, t->closing, 0, 0);
+			work_emit(t, t->closing, t->rid, t->closing_last);
 			t->closing = 0;
 		}
 		return 0;

@@ -86,19 +86,22 @@ struct thread {
 	__u64 run_delay; /* its runqueue wait up to the last boundary, ns */
 	__u64 sk, rid;   /* the request that it works on */
 	__u64 runqueue_ns;
-	__u64 closing; /* generation whose last descriptor this call closes */
+	__u64 closing; /* generation of which this call closes a descriptor */
 	__u64 files[THREAD_FILES];
 	__u32 nfiles;
+	__u32 closing_last; /* ... its only one */
 	__u32 lost;
 	__u32 nr;
 	__u32 call; /* handler, 0 outside of a watched call */
+	__u32 pad;
 };
 
 /* fds: key = tgid << 32 | fd; from open, accept, dup or first use until close. */
 struct fd {
 	__u64 object; /* FD_SOCKET: the socket; FD_FILE: the generation */
 	__u32 kind;
-	__u32 not_served; /* FD_SOCKET: no connection of the service */
+	__u16 not_served; /* FD_SOCKET: no connection of the service */
+	__u16 shared;     /* FD_FILE: other descriptors name the same generation */
 };
 
 /* work: key = {gen, rid}; from a file's first call for a request until its close, the request's end, or a second if rid is 0. */
@@ -291,6 +294,8 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 		found.kind = FD_FILE;
 		if (inherited && inherited->kind == FD_FILE) {
 			found.object = inherited->object;
+			found.shared = 1;
+			inherited->shared = 1;
 		} else {
 			struct bp_unknown_fd_event e = {};
 
@@ -308,19 +313,20 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 	return map_lookup(MAP(FDS), &key);
 }
 
-INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind)
+INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind, __u32 shared)
 {
 	__u64 key = fd_key(tgid, number);
 	struct fd value = {};
 
 	value.object = object;
 	value.kind = kind;
+	value.shared = shared;
 	if (map_update(MAP(FDS), &key, &value, 0))
 		stat_add(ST_MAP_FDS, 1);
 }
 
 /* Sends what was summed for one file and request, and forgets it. */
-INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid)
+INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
 {
 	struct work_key key = { gen, rid };
 	struct work *w = map_lookup(MAP(WORK), &key);
@@ -329,6 +335,7 @@ INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid)
 	if (!w)
 		return;
 	e.h.kind = EV_FILE;
+	e.h.what = closed;
 	e.h.tgid = pid_tgid() >> 32;
 	e.h.ts = ktime_ns();
 	e.h.rid = rid;
@@ -360,7 +367,7 @@ INLINE struct work *work_of(struct thread *t, __u64 gen, __u64 now)
 	__u32 place;
 
 	if (w && !t->rid && now - w->first_ns > UNTIED_NS) {
-		work_emit(t, gen, 0);
+		work_emit(t, gen, 0, 0);
 		w = 0;
 	}
 	if (w)
@@ -374,7 +381,7 @@ INLINE struct work *work_of(struct thread *t, __u64 gen, __u64 now)
 	if (t->rid) {
 		place = t->nfiles & (THREAD_FILES - 1);
 		if (t->nfiles >= THREAD_FILES)
-			work_emit(t, t->files[place], t->rid);
+			work_emit(t, t->files[place], t->rid, 0);
 		t->files[place] = gen;
 		t->nfiles++;
 	}
@@ -395,7 +402,7 @@ INLINE void work_flush(struct thread *t)
 	for (i = 0; i < THREAD_FILES; i++) {
 		if (i >= t->nfiles)
 			break;
-		work_emit(t, t->files[i], t->rid);
+		work_emit(t, t->files[i], t->rid, 0);
 	}
 	t->nfiles = 0;
 }
