@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """bucketprobe: sees from outside, by eBPF, where each request to an artifact store spent its time."""
 
-from importlib.metadata import version
-
-__version__ = version("bucketprobe")
+__version__ = "0.1.0"

@@ -266,24 +266,28 @@ class Config(IntEnum):
 
 
 class Handler(IntEnum):
-    """Places in the `handlers` map: what a finished system call is handed to. Also the values of the `calls` map."""
+    """Places in the `handlers` map: what a finished system call is handed to. Also the values of the `calls` map.
+
+    Those up to ON_DESCRIPTOR take a descriptor first, which is resolved before them.
+    """
 
     NONE = 0
     RECEIVE = 1
     SEND = 2
-    SENDFILE = 3
-    ACCEPT = 4
-    OPEN = 5
-    CLOSE = 6
-    SYNC = 7
-    CHANGE = 8
-    PATH = 9
-    DUP = 10
+    SYNC = 3
+    CHANGE = 4
+    DUP = 5
+    ON_DESCRIPTOR = 5
+    TRANSFER = 6
+    ACCEPT = 7
+    OPEN = 8
+    CLOSE = 9
+    PATH = 10
     WAIT = 11
-    COPY = 12
-    FRAME = 20
-    CHUNK = 21
-    FINISH = 22
+    FILE = 12
+    FRAME = 13
+    CHUNK = 14
+    FINISH = 15
 
 
 #: x86_64 system call numbers (arch/x86/entry/syscalls/syscall_64.tbl) by the handler that takes them.
@@ -294,7 +298,7 @@ CALLS: dict[Handler, dict[str, int]] = {
     Handler.SEND: {
         "write": 1, "pwrite64": 18, "writev": 20, "sendto": 44, "sendmsg": 46, "pwritev": 296, "pwritev2": 328, "sendmmsg": 307,
     },
-    Handler.SENDFILE: {"sendfile": 40, "splice": 275},
+    Handler.TRANSFER: {"sendfile": 40, "splice": 275, "copy_file_range": 326},
     Handler.ACCEPT: {"accept": 43, "accept4": 288},
     Handler.OPEN: {"open": 2, "creat": 85, "openat": 257, "openat2": 437},
     Handler.CLOSE: {"close": 3, "close_range": 436},
@@ -308,7 +312,6 @@ CALLS: dict[Handler, dict[str, int]] = {
     Handler.WAIT: {
         "poll": 7, "select": 23, "epoll_wait": 232, "pselect6": 270, "ppoll": 271, "epoll_pwait": 281, "epoll_pwait2": 441,
     },
-    Handler.COPY: {"copy_file_range": 326},
 }  # fmt: skip
 
 #: Kernel structure members whose offsets the loader takes from the running kernel's BTF: macro -> (struct, member path).
@@ -368,7 +371,7 @@ def render_header() -> str:
     }  # fmt: skip
     for enum, prefix in prefixes.items():
         lines.append(f"enum {{ /* {enum.__name__} */")
-        lines += [f"\t{prefix}_{member.name} = {member.value}," for member in enum]
+        lines += [f"\t{prefix}_{name} = {member.value}," for name, member in enum.__members__.items()]
         lines += ["};", ""]
     lines.append("enum { /* maps */")
     lines += [f"\tMAP_{m.name.upper()} = {MAP_BASE + i}," for i, m in enumerate(MAPS)]

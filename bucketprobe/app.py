@@ -8,39 +8,29 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bucketprobe import abi, bpf, broker, capture, decode, privileges, web, wire
+from bucketprobe import abi, bpf, broker, capture, decode, privileges, web
 from bucketprobe.catalog import HealthSnapshot
 from bucketprobe.config import FileClasses, Settings
-from bucketprobe.errors import BucketprobeError, EnvironmentLack, UsageError
 from bucketprobe.exporters.jsonl import JsonLines, open_records
 from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
+from bucketprobe.link import BrokerLink, log
 from bucketprobe.model import OUTCOMES, Request
 from bucketprobe.sinks.metrics import MetricsSink
 from bucketprobe.tracker import Tracker
 
 #: How long the loop sleeps at most; the kernel wakes it earlier where the ring fills.
 PERIOD_SECONDS = 0.1
-#: How long the broker may take to attach: a cold compile on a slow machine.
-ATTACH_SECONDS = 120.0
 
 _WHAT_IS_MISSING = {
     "sk_data_ready": "no tracepoint sk_data_ready: a request begins at its first read, and the queue phase is absent",
     "tcp_receive_reset": "no tracepoint tcp_receive_reset: a reset by the client may count as closed by the server",
 }
-
-
-def log(text: str) -> None:
-    """One line of the agent's own log."""
-    sys.stderr.write(f"bucketprobe: {text}\n")
-    sys.stderr.flush()
 
 
 class WallClock:
@@ -62,81 +52,12 @@ class WallClock:
         return monotonic_ns + self._offset
 
 
-class BrokerLink:
-    """The agent's end of the socket to its broker."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.socket, theirs = wire.pair()
-        command = [sys.executable, "-I", "-m", "bucketprobe.broker", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        theirs.close()
-        wire.send(self.socket, settings.as_dict())
-        self._waiting: deque[tuple[wire.Message, list[int]]] = deque()
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def tell(self, message: wire.Message) -> None:
-        wire.send(self.socket, message)
-
-    def ask(self, message: wire.Message) -> wire.Message:
-        """Sends a question and waits for its answer, of the same `op`; what comes between is kept."""
-        wire.send(self.socket, message)
-        while True:
-            received = wire.receive(self.socket)
-            if received is None:
-                raise BucketprobeError("The broker ended, and with it the probes: start bucketprobe again.")
-            if received[0]["op"] == message["op"]:
-                return received[0]
-            self._waiting.append(received)
-
-    def messages(self) -> list[tuple[wire.Message, list[int]]]:
-        """What has come, without waiting. Raises BucketprobeError where the broker is gone."""
-        found = list(self._waiting)
-        self._waiting.clear()
-        while select.select([self.socket], [], [], 0)[0]:
-            received = wire.receive(self.socket)
-            if received is None:
-                raise BucketprobeError("The broker ended, and with it the probes: start bucketprobe again.")
-            found.append(received)
-        return found
-
-    def await_ready(self) -> tuple[wire.Message, list[int]]:
-        """The message that says that all is attached. Raises what the broker failed of."""
-        deadline = time.monotonic() + ATTACH_SECONDS
-        while select.select([self.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            received = wire.receive(self.socket)
-            if received is None:
-                raise BucketprobeError("The broker ended before the probes were attached: see the lines above, and run `bucketprobe doctor`.")
-            message = received[0]
-            if message["op"] == "ready":
-                return received
-            if message["op"] == "failed":
-                error = EnvironmentLack(message["text"])
-                error.exit_code = message["exit_code"]
-                raise error
-            if message["op"] == "log":
-                log(message["text"])
-            else:
-                self._waiting.append(received)
-        raise BucketprobeError(f"The probes were not attached within {ATTACH_SECONDS:.0f} s: run `bucketprobe doctor`.")
-
-    def close(self) -> None:
-        self.socket.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            log(f"the broker (pid {self._process.pid}) does not end; the probes go when it does")
-
-
 class Agent:
-    """One running agent. `open` prepares all that needs privileges, `run` gives them up and serves until a signal.
+    """One running agent: opens all that needs privileges, gives them up, and serves until a signal."""
 
-    Raises BucketprobeError subclasses for whatever keeps it from running.
-    """
-
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, link: BrokerLink) -> None:
         self._settings = settings
+        self._link = link
         self._clock = WallClock()
         self._events: Counter[int] = Counter()
         self._undecodable = 0
@@ -149,26 +70,20 @@ class Agent:
         self._records: JsonLines | None = None
 
     def run(self) -> None:
-        """Attaches, serves, and ends at SIGTERM or SIGINT with everything flushed."""
+        """Ends at SIGTERM or SIGINT with everything flushed. Raises BucketprobeError for whatever keeps it from running."""
         settings = self._settings
-        privileges.require_root_caps()
         uid, _ = privileges.unprivileged_ids(settings.user)
         control = capture.open_listener(Path(settings.run_dir), uid)
         try:
             listener = web.open_listener(settings.listen)
             if settings.records is not None:
                 self._records = JsonLines(open_records(settings.records), settings.records, log)
-            link = BrokerLink(settings)
-            try:
-                self._serve(link, control.socket, listener)
-            finally:
-                link.close()
+            self._serve(control.socket, listener)
         finally:
             control.close()
 
-    def _serve(self, link: BrokerLink, control_socket: socket.socket, listener: socket.socket) -> None:
-        settings = self._settings
-        self._link = link
+    def _serve(self, control_socket: socket.socket, listener: socket.socket) -> None:
+        settings, link = self._settings, self._link
         self._sink = MetricsSink(settings.tags.labels())
         self._tracker = Tracker(FileClasses(settings.storage), self._clock.wall_ns, self._path_of, self._finished)
         self._control = capture.ControlServer(control_socket, self._status, self._lost_flat)
@@ -390,10 +305,11 @@ def _resident_bytes() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, link: BrokerLink) -> None:
     """Runs an agent in this process until it is told to stop. Raises BucketprobeError."""
-    if settings.target.empty:
-        raise UsageError("Nothing to observe: name the service with --port, --pid, --exe, --unit or --cgroup.")
     if not settings.storage.roots:
         log("no --storage-root: all file work counts as other files, and no phase is named storage")
-    Agent(settings).run()
+    try:
+        Agent(settings, link).run()
+    finally:
+        link.close()

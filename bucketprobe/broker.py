@@ -159,7 +159,7 @@ class Broker:
         return (path, flags) if path.startswith("/") else None
 
     def _reopen(self) -> None:
-        from bucketprobe.exporters.jsonl import open_records  # noqa: PLC0415  (seldom needed)
+        from bucketprobe.exporters.jsonl import open_records
 
         assert self._settings.records is not None
         try:

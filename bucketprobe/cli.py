@@ -75,7 +75,7 @@ def agent_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _settings(given: dict[str, Any]) -> Any:
-    from bucketprobe import config  # noqa: PLC0415  (each command loads what it needs: start-up time counts)
+    from bucketprobe import config
 
     table_of = {key.name: key.table for key in config.KEYS}
     path = given.pop("config", None)
@@ -100,9 +100,19 @@ def run(**given: Any) -> None:
 
     SIGTERM and SIGINT stop it, SIGHUP opens the records file again. The service does not notice.
     """
-    from bucketprobe import app  # noqa: PLC0415
+    from bucketprobe import privileges
+    from bucketprobe.errors import UsageError
 
-    app.run(_settings(given))
+    settings = _settings(given)
+    if settings.target.empty:
+        raise UsageError("Nothing to observe: name the service with --port, --pid, --exe, --unit or --cgroup.")
+    privileges.require_root_caps()
+    from bucketprobe.link import BrokerLink
+
+    link = BrokerLink(settings)  # it loads the probes while the rest of this program is being imported
+    from bucketprobe import app
+
+    app.run(settings, link)
 
 
 @main.command()
@@ -121,7 +131,7 @@ def capture(ctx: click.Context, duration: float, min_ms: float, slowest: int, fo
     Example:
       bucketprobe capture --duration 10 --min-ms 50
     """
-    from bucketprobe import capture as captures  # noqa: PLC0415
+    from bucketprobe import capture as captures
 
     settings = _settings(given)
     run_dir = Path(settings.run_dir)
@@ -156,7 +166,7 @@ class _Borrowed:
         self._settings = settings
 
     def __enter__(self) -> None:
-        from bucketprobe import capture as captures  # noqa: PLC0415
+        from bucketprobe import capture as captures
 
         spec, storage = self._settings.target, self._settings.storage
         named = {
@@ -196,9 +206,9 @@ def doctor(as_json: bool, **given: Any) -> None:
     Example:
       bucketprobe doctor --port 8080
     """
-    import orjson  # noqa: PLC0415
+    import orjson
 
-    from bucketprobe import doctor as doctors  # noqa: PLC0415
+    from bucketprobe import doctor as doctors
 
     report = doctors.run(_settings(given))
     if as_json:

@@ -16,6 +16,7 @@ import re
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -70,11 +71,14 @@ def compose() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _programs(text: bytes) -> dict[str, bytes]:
+    return {name: base64.b64decode(code) for name, code in json.loads(text)["programs"].items()}
+
+
 def _cached(path: Path) -> dict[str, bytes] | None:
     try:
-        stored = json.loads(path.read_bytes())
-        return {name: base64.b64decode(code) for name, code in stored["programs"].items()}
-    except (OSError, ValueError, KeyError):
+        return _programs(path.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -109,12 +113,7 @@ def compiled(cache_dir: str, log: Log) -> dict[str, bytes]:
             raise EnvironmentLack("BCC is missing: apt-get install python3-bpfcc (the package named bcc on PyPI is another project).")
         raise EnvironmentLack(f"The probes could not be compiled; is python3-bpfcc 0.26 or later installed? {trouble[-1500:]}")
     _replace(path, done.stdout.decode(), log)
-    programs = _cached_text(done.stdout)
-    return programs
-
-
-def _cached_text(text: bytes) -> dict[str, bytes]:
-    return {name: base64.b64decode(code) for name, code in json.loads(text)["programs"].items()}
+    return _programs(done.stdout)
 
 
 def kernel_offsets(cache_dir: str, log: Log) -> dict[str, int]:
@@ -185,6 +184,34 @@ def create_maps(programs: Mapping[str, bytes], sizes: Mapping[str, int]) -> dict
     return made
 
 
+def _load_programs(codes: Mapping[str, bytes]) -> dict[str, int]:
+    """Loads programs, the largest first and two at a time: the verifier's time is most of a cached start. Raises OSError."""
+    waiting = sorted(codes.items(), key=lambda item: len(item[1]))
+    loaded: dict[str, int] = {}
+    failed: list[OSError] = []
+
+    def work() -> None:
+        while waiting and not failed:
+            name, code = waiting.pop()
+            try:
+                loaded[name] = bpf.program_load(code, name)
+            except OSError:
+                try:
+                    loaded[name] = bpf.program_load(code, name, log_bytes=1 << 20)  # once more, for the verifier's reason
+                except OSError as error:
+                    failed.append(error)
+
+    helper = threading.Thread(target=work)
+    helper.start()
+    work()
+    helper.join()
+    if failed:
+        for fd in loaded.values():
+            os.close(fd)
+        raise failed[0]
+    return loaded
+
+
 def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mapping[str, int]) -> Loaded:
     """Creates the maps and loads and attaches every probe; sys_enter last, when all it needs is there.
 
@@ -193,20 +220,13 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
     loaded = Loaded()
     try:
         loaded.maps = create_maps(programs, sizes)
-        handlers = {f"on_{handler.name.lower()}": handler for handler in abi.Handler}
-        descriptors = {}
-        for name, code in programs.items():
-            if name.startswith("size_"):
-                continue
-            ready = relocated(code, loaded.maps, offsets)
-            try:
-                fd = bpf.program_load(ready, name)
-            except OSError:
-                fd = bpf.program_load(ready, name, log_bytes=1 << 20)  # once more, for the verifier's reason
-            loaded.programs.append(fd)
-            descriptors[name] = fd
-            if name in handlers:
-                bpf.map_update(loaded.maps["handlers"], struct.pack("=I", handlers[name]), struct.pack("=I", fd))
+        ready = {name: relocated(code, loaded.maps, offsets) for name, code in programs.items() if not name.startswith("size_")}
+        descriptors = _load_programs(ready)
+        loaded.programs += descriptors.values()
+        for handler in abi.Handler:
+            fd = descriptors.get(f"on_{handler.name.lower()}")
+            if fd is not None:
+                bpf.map_update(loaded.maps["handlers"], struct.pack("=I", handler), struct.pack("=I", fd))
         for handler, calls in abi.CALLS.items():
             for number in calls.values():
                 bpf.map_update(loaded.maps["calls"], struct.pack("=I", number), struct.pack("=I", handler))

@@ -22,7 +22,7 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 	struct scratch *x = scratch();
 	long ret = ctx->args[1];
 	struct bp_open_event *e;
-	__u64 path, now = ktime_ns();
+	__u64 path;
 
 	if (!t || !x || ret < 0)
 		return 0;
@@ -43,10 +43,10 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 	e->h.kind = EV_OPEN;
 	e->h.what = 0;
 	e->h.tgid = tgid;
-	e->h.ts = now;
+	e->h.ts = t->exit_ns;
 	e->h.rid = t->rid;
 	e->gen = unique();
-	e->ns = now - t->enter_ns;
+	e->ns = t->took;
 	e->tid = pid_tgid();
 	e->fd = ret;
 	fd_set(tgid, ret, e->gen, FD_FILE, 0);
@@ -93,73 +93,91 @@ int on_close(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* fsync, fdatasync, sync_file_range */
-int on_sync(struct bpf_raw_tracepoint_args *ctx)
+/* read, write, sync, truncate, allocate and their families, on a file; calls that fail did no work */
+int on_file(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct thread *t = thread();
-	__u64 now = ktime_ns();
-	struct work *w;
-	struct fd *f;
-
-	if (!t || (long)ctx->args[1] < 0)
-		return 0;
-	f = fd_of(pid_tgid() >> 32, t->a0);
-	if (!f || f->kind != FD_FILE)
-		return 0;
-	w = work_of(t, f->object, now);
-	if (w) {
-		w->syncs++;
-		w->sync_ns += now - t->enter_ns;
-	}
-	return 0;
-}
-
-/* ftruncate, fallocate */
-int on_change(struct bpf_raw_tracepoint_args *ctx)
-{
-	struct thread *t = thread();
-	__u64 now = ktime_ns();
-	struct work *w;
-	struct fd *f;
-
-	if (!t || (long)ctx->args[1] < 0)
-		return 0;
-	f = fd_of(pid_tgid() >> 32, t->a0);
-	if (!f || f->kind != FD_FILE)
-		return 0;
-	w = work_of(t, f->object, now);
-	if (w) {
-		w->others++;
-		w->other_ns += now - t->enter_ns;
-	}
-	return 0;
-}
-
-/* copy_file_range(in, _, out, ...): its time is the write's */
-int on_copy(struct bpf_raw_tracepoint_args *ctx)
-{
-	__u32 tgid = pid_tgid() >> 32;
 	struct thread *t = thread();
 	long ret = ctx->args[1];
-	__u64 now = ktime_ns();
+	struct work *w;
+	__u32 call;
+
+	if (!t || ret < 0)
+		return 0;
+	w = work_of(t, t->object);
+	if (!w)
+		return 0;
+	call = t->call;
+	if (call == H_RECEIVE) {
+		w->read_calls++;
+		w->read_bytes += ret;
+		w->read_ns += t->took;
+	} else if (call == H_SEND) {
+		w->write_calls++;
+		w->write_bytes += ret;
+		w->write_ns += t->took;
+	} else if (call == H_SYNC) {
+		w->syncs++;
+		w->sync_ns += t->took;
+	} else {
+		w->others++;
+		w->other_ns += t->took;
+	}
+	return 0;
+}
+
+/*
+ * sendfile(out, in, ...), splice(in, _, out, ...), copy_file_range(in, _, out, ...): from one descriptor to another in one call.
+ * The call's time goes to a file: written before read, and either before a socket, as the order of the phases has it.
+ */
+int on_transfer(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 tgid = pid_tgid() >> 32, role, call = 0;
+	struct thread *t = thread();
+	long ret = ctx->args[1];
+	__u64 sk = 0, descriptor = 0;
 	struct work *w;
 	struct fd *f;
 
 	if (!t || ret < 0)
 		return 0;
-	f = fd_of(tgid, t->a0);
-	w = f && f->kind == FD_FILE ? work_of(t, f->object, now) : 0;
-	if (w) {
-		w->read_calls++;
-		w->read_bytes += ret;
+#pragma clang loop unroll(disable)
+	for (role = 0; role < 2; role++) { /* 0: out, 1: in */
+		__u64 number = role ? t->a0 : t->a2;
+
+		if (t->nr == NR_sendfile)
+			number = role ? t->a1 : t->a0;
+		f = fd_of(tgid, number);
+		if (!f)
+			continue;
+		if (f->kind == FD_SOCKET) {
+			if (!call) {
+				call = role ? H_RECEIVE : H_SEND;
+				sk = f->object;
+				descriptor = number;
+			}
+			continue;
+		}
+		if (f->kind != FD_FILE)
+			continue;
+		w = work_of(t, f->object);
+		if (!w)
+			continue;
+		if (role) {
+			w->read_calls++;
+			w->read_bytes += ret;
+			w->read_ns += t->took;
+		} else {
+			w->write_calls++;
+			w->write_bytes += ret;
+			w->write_ns += t->took;
+		}
+		t->took = 0;
 	}
-	f = fd_of(tgid, t->a2);
-	w = f && f->kind == FD_FILE ? work_of(t, f->object, now) : 0;
-	if (w) {
-		w->write_calls++;
-		w->write_bytes += ret;
-		w->write_ns += now - t->enter_ns;
-	}
+	if (!call)
+		return 0;
+	t->object = sk;
+	t->a0 = descriptor;
+	tail_call(ctx, MAP(HANDLERS), call);
 	return 0;
 }
 
@@ -169,16 +187,18 @@ int on_dup(struct bpf_raw_tracepoint_args *ctx)
 	struct thread *t = thread();
 	long ret = ctx->args[1];
 	struct fd *f;
+	__u64 key;
 
 	if (!t || ret < 0)
 		return 0;
 	if (t->nr == NR_fcntl && t->a1 != F_DUPFD && t->a1 != F_DUPFD_CLOEXEC)
 		return 0;
-	f = fd_of(tgid, t->a0);
+	key = fd_key(tgid, t->a0);
+	f = map_lookup(MAP(FDS), &key);
 	if (!f)
 		return 0;
 	f->shared = 1;
-	fd_set(tgid, ret, f->object, f->kind, 1);
+	fd_set(tgid, ret, t->object, t->kind, 1);
 	return 0;
 }
 
@@ -188,7 +208,7 @@ int on_path(struct bpf_raw_tracepoint_args *ctx)
 	struct thread *t = thread();
 	struct scratch *x = scratch();
 	struct bp_path_event *e;
-	__u64 now = ktime_ns(), first, second = 0;
+	__u64 first, second = 0;
 	__u32 nr, n, n2 = 0, what;
 
 	if (!t || !x || (long)ctx->args[1] < 0)
@@ -223,9 +243,9 @@ int on_path(struct bpf_raw_tracepoint_args *ctx)
 	e->h.kind = EV_PATH;
 	e->h.what = what;
 	e->h.tgid = pid_tgid() >> 32;
-	e->h.ts = now;
+	e->h.ts = t->exit_ns;
 	e->h.rid = t->rid;
-	e->ns = now - t->enter_ns;
+	e->ns = t->took;
 	e->tid = pid_tgid();
 	n = path_read(x->path.bytes, first);
 	BOUND(n, PATH_BYTES - 1);

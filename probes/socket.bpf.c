@@ -44,15 +44,19 @@ INLINE struct conn *conn_new(__u64 sk, __u32 tgid, __u64 established_ns, __u32 f
 	return c;
 }
 
-/* The connection of the service behind a socket descriptor, or 0. One that is older than the agent is met here. */
-INLINE struct conn *conn_of(struct fd *f, __u32 tgid)
+/* The connection of the service behind the call's descriptor, or 0. One that is older than the agent is met here. */
+INLINE struct conn *conn_of(struct thread *t, __u32 tgid)
 {
-	__u64 sk = f->object;
+	__u64 sk = t->object, key = fd_key(tgid, t->a0);
 	struct conn *c = map_lookup(MAP(CONNS), &sk);
 	__u32 port, family, state;
+	struct fd *f;
 
-	if (c || f->not_served)
+	if (c)
 		return c;
+	f = map_lookup(MAP(FDS), &key);
+	if (f && f->not_served)
+		return 0;
 	port = kernel_short(sk + OFF_SOCK_NUM);
 	family = kernel_short(sk + OFF_SOCK_FAMILY);
 	state = kernel_short(sk + OFF_SOCK_STATE) & 255;
@@ -61,7 +65,8 @@ INLINE struct conn *conn_of(struct fd *f, __u32 tgid)
 		stat_add(ST_CONNECTIONS_OLD, 1);
 		return conn_new(sk, tgid, 0, RF_OLD | RF_NO_ACCEPT);
 	}
-	f->not_served = 1;
+	if (f)
+		f->not_served = 1;
 	return 0;
 }
 
@@ -129,17 +134,17 @@ INLINE void lose(struct conn *c, __u32 dir, __u32 why)
 }
 
 /* Points the scratch cursor at the buffer (or vector) of a call that moved `total` bytes. */
-INLINE void cursor(struct scratch *x, struct thread *t, __u64 sk, __u32 dir, __u64 total, __u64 now)
+INLINE void cursor(struct scratch *x, struct thread *t, __u32 dir, __u64 total)
 {
 	__u32 nr = t->nr;
 	__u64 vector = 0, count = 0;
 
-	x->sk = sk;
+	x->sk = t->object;
 	x->dir = dir;
 	x->offset = 0;
 	x->total = total;
 	x->enter_ns = t->enter_ns;
-	x->now = now;
+	x->now = t->exit_ns;
 	x->vectors = 0;
 	x->base = t->a1;
 	if (nr == NR_sendfile || nr == NR_splice) {
@@ -194,45 +199,27 @@ INLINE __u64 locate(struct scratch *x, __u64 *left)
 	return 0;
 }
 
-/* read, recv and their families */
+/* read, recv and their families, on a socket; splice from one */
 int on_receive(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 tgid = pid_tgid() >> 32;
 	struct thread *t = thread();
 	struct scratch *x = scratch();
 	long ret = ctx->args[1];
-	__u64 now = ktime_ns(), sk;
-	struct fd *f;
 	struct conn *c;
 	struct slot *s;
 
 	if (!t || !x)
 		return 0;
-	f = fd_of(tgid, t->a0);
-	if (!f)
-		return 0;
-	if (f->kind == FD_FILE) {
-		struct work *w = ret < 0 ? 0 : work_of(t, f->object, now);
-
-		if (w) {
-			w->read_calls++;
-			w->read_bytes += ret;
-			w->read_ns += now - t->enter_ns;
-		}
-		return 0;
-	}
-	if (f->kind != FD_SOCKET)
-		return 0;
 	if ((t->nr == NR_recvfrom && t->a3 & (MSG_PEEK | MSG_ERRQUEUE)) || (t->nr == NR_recvmsg && t->a2 & (MSG_PEEK | MSG_ERRQUEUE)))
 		return 0;
-	c = conn_of(f, tgid);
+	c = conn_of(t, tgid);
 	if (!c)
 		return 0;
-	sk = f->object;
 	s = receiving(c);
 	if (ret <= 0) {
 		if (s->begun && !s->rx_complete) {
-			s->recv_ns += now - t->enter_ns;
+			s->recv_ns += t->took;
 			s->recv_calls++;
 		}
 		return 0;
@@ -243,171 +230,64 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 	}
 	c->tgid = tgid;
 	if (!s->rid && c->dir[0].mode == HTTP1_HEAD)
-		slot_open(c, s, t->enter_ns, now);
+		slot_open(c, s, t->enter_ns, t->exit_ns);
 	if (s->rid) {
-		s->recv_ns += now - (t->enter_ns > s->start_ns ? t->enter_ns : s->start_ns);
+		__u64 since_start = t->exit_ns - s->start_ns;
+
+		s->recv_ns += t->took < since_start ? t->took : since_start;
 		s->recv_calls++;
 	}
 	s = current(c);
 	if (s)
-		bind(t, sk, c, s);
+		bind(t, t->object, c, s);
 	if (c->dir[0].mode == HTTP1_LOST)
 		return 0;
 	if (c->dir[0].mode == HTTP1_BODY && c->dir[0].left > ret) {
 		http1_skip(&c->dir[0], ret);
 		return 0;
 	}
-	cursor(x, t, sk, 0, ret, now);
+	cursor(x, t, 0, ret);
 	tail_call(ctx, MAP(HANDLERS), H_FRAME);
 	return 0;
 }
 
-/* Bytes handed to the kernel for the connection: all but the framing. */
-INLINE struct slot *sending(struct thread *t, struct conn *c, __u64 sk, long ret, __u64 now)
-{
-	struct slot *s = current(c);
-
-	if (!s || !s->begun) {
-		if (ret > 0 && !(c->flags & RF_OLD) && c->dir[1].mode != HTTP1_LOST)
-			stat_add(ST_UNSOLICITED, 1);
-		return 0;
-	}
-	bind(t, sk, c, s);
-	s->send_calls++;
-	if (ret > 0)
-		c->last_tx_ns = now;
-	return ret > 0 ? s : 0;
-}
-
-/* write, send and their families */
+/* write, send and their families, on a socket; sendfile and splice to one */
 int on_send(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u32 tgid = pid_tgid() >> 32;
 	struct thread *t = thread();
 	struct scratch *x = scratch();
 	long ret = ctx->args[1];
-	__u64 now = ktime_ns(), sk;
-	struct fd *f;
 	struct conn *c;
 	struct slot *s;
 
 	if (!t || !x)
 		return 0;
-	f = fd_of(tgid, t->a0);
-	if (!f)
-		return 0;
-	if (f->kind == FD_FILE) {
-		struct work *w = ret < 0 ? 0 : work_of(t, f->object, now);
-
-		if (w) {
-			w->write_calls++;
-			w->write_bytes += ret;
-			w->write_ns += now - t->enter_ns;
-		}
-		return 0;
-	}
-	if (f->kind != FD_SOCKET)
-		return 0;
-	c = conn_of(f, tgid);
+	c = conn_of(t, pid_tgid() >> 32);
 	if (!c)
 		return 0;
-	sk = f->object;
 	if (t->nr == NR_sendmmsg) {
 		lose(c, 1, ST_CALL_UNSUPPORTED);
 		return 0;
 	}
 	s = current(c);
-	if (s && s->begun)
-		s->send_ns += now - t->enter_ns;
-	if (!sending(t, c, sk, ret, now))
+	if (!s || !s->begun) {
+		if (ret > 0 && !(c->flags & RF_OLD) && c->dir[1].mode != HTTP1_LOST)
+			stat_add(ST_UNSOLICITED, 1);
 		return 0;
+	}
+	bind(t, t->object, c, s);
+	s->send_calls++;
+	s->send_ns += t->took;
+	if (ret <= 0)
+		return 0;
+	c->last_tx_ns = t->exit_ns;
 	if (c->dir[1].mode == HTTP1_LOST)
 		return 0;
 	if ((c->dir[1].mode == HTTP1_BODY && c->dir[1].left > ret) || c->dir[1].mode == HTTP1_UNTIL_CLOSE) {
 		http1_skip(&c->dir[1], ret);
 		return 0;
 	}
-	cursor(x, t, sk, 1, ret, now);
-	tail_call(ctx, MAP(HANDLERS), H_FRAME);
-	return 0;
-}
-
-/*
- * sendfile(out, in, ...) and splice(in, _, out, ...): a file read into, or written from, a connection in one call. The call's time
- * goes to the file: where two phases happen at once, the wall time is the storage's.
- */
-int on_sendfile(struct bpf_raw_tracepoint_args *ctx)
-{
-	__u32 tgid = pid_tgid() >> 32;
-	struct thread *t = thread();
-	struct scratch *x = scratch();
-	long ret = ctx->args[1];
-	__u64 now = ktime_ns(), took, sk = 0, gen = 0;
-	__u32 from_socket = 0;
-	struct conn *c = 0;
-	struct slot *s;
-	struct work *w;
-	struct fd *f;
-
-	if (!t || !x || ret < 0)
-		return 0;
-	took = now - t->enter_ns;
-	f = fd_of(tgid, t->nr == NR_splice ? t->a2 : t->a0); /* out */
-	if (!f)
-		return 0;
-	if (f->kind == FD_SOCKET) {
-		c = conn_of(f, tgid);
-		sk = f->object;
-		if (c)
-			s = sending(t, c, sk, ret, now);
-	} else if (f->kind == FD_FILE) {
-		w = work_of(t, f->object, now);
-		if (w) {
-			w->write_calls++;
-			w->write_bytes += ret;
-			w->write_ns += took;
-			took = 0;
-		}
-	}
-	f = fd_of(tgid, t->nr == NR_splice ? t->a0 : t->a1); /* in */
-	if (!f)
-		return 0;
-	if (f->kind == FD_FILE) {
-		w = work_of(t, f->object, now);
-		if (w) {
-			w->read_calls++;
-			w->read_bytes += ret;
-			w->read_ns += took;
-			took = 0;
-		}
-	} else if (f->kind == FD_SOCKET) {
-		struct conn *from = conn_of(f, tgid);
-
-		if (from && !c) {
-			c = from;
-			sk = f->object;
-			from_socket = 1;
-		}
-	}
-	if (!c || !ret)
-		return 0;
-	if (from_socket) {
-		s = receiving(c);
-		if (s->rid) {
-			s->recv_calls++;
-			s->recv_ns += took;
-		}
-		s = current(c);
-		if (s)
-			bind(t, sk, c, s);
-		cursor(x, t, sk, 0, ret, now);
-	} else {
-		s = current(c);
-		if (!s || !s->begun)
-			return 0;
-		s->send_ns += took;
-		cursor(x, t, sk, 1, ret, now);
-	}
+	cursor(x, t, 1, ret);
 	tail_call(ctx, MAP(HANDLERS), H_FRAME);
 	return 0;
 }
@@ -599,7 +479,7 @@ more:
 	return 0;
 }
 
-#define CHUNKS 16 /* framing steps of one program; with its calls to itself, some 500 chunks in one system call */
+#define CHUNKS 8 /* framing steps of one program; with its calls to itself, some 260 chunks in one system call */
 
 int on_chunk(struct bpf_raw_tracepoint_args *ctx)
 {

@@ -26,6 +26,7 @@ INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr,
 	t->a3 = regs->r10;
 	t->nr = nr;
 	t->call = call;
+	t->entered = 1;
 	t->enter_ns = ktime_ns();
 	return t;
 }
@@ -83,24 +84,40 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		if (!t)
 			return 0;
 	}
-	if (!t->call)
+	if (!t->entered)
 		return 0;
 	call = t->call;
-	t->call = 0;
+	t->entered = 0;
 	t->run_delay = run_delay();
+	t->exit_ns = ktime_ns();
+	t->took = t->exit_ns - t->enter_ns;
 	if (call == H_CLOSE) {
-		if (t->closing) {
-			__u64 now = ktime_ns();
-			struct work *w = work_of(t, t->closing, now);
+		struct work *w;
 
-			if (w)
-				w->other_ns += now - t->enter_ns;
-			if (t->rid)
-				work_emit(t, t->closing, 0, 0);
-			work_emit(t, t->closing, t->rid, t->closing_last);
-			t->closing = 0;
-		}
+		if (!t->closing)
+			return 0;
+		w = work_of(t, t->closing);
+		if (w)
+			w->other_ns += t->took;
+		if (t->rid)
+			work_emit(t, t->closing, 0, 0);
+		work_emit(t, t->closing, t->rid, t->closing_last);
+		t->closing = 0;
 		return 0;
+	}
+	if (call <= H_ON_DESCRIPTOR) {
+		struct fd *f = fd_of(id >> 32, t->a0);
+
+		if (!f)
+			return 0;
+		t->kind = f->kind;
+		t->object = f->object;
+		if (call != H_DUP) {
+			if (t->kind == FD_FILE)
+				call = H_FILE;
+			else if (t->kind != FD_SOCKET || call > H_SEND)
+				return 0;
+		}
 	}
 	tail_call(ctx, MAP(HANDLERS), call);
 	return 0;

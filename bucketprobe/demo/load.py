@@ -8,8 +8,10 @@ fixed sequence of requests. The first request of a thread is always an upload, s
 
 With `--log FILE` each request becomes one JSON line. Its times are CLOCK_MONOTONIC in ns, the clock that a server and a
 kernel on the same host use, too: `connect_ns` and `connected_ns` before and after connect(2) for the first request of a
-connection, `send_ns` just before the first byte is sent, `done_ns` after the last one was received. curl does not tell
-its own times, so a request of kind `curl_…` has neither `connected_ns` nor `send_ns`; its `connect_ns` is the start of curl.
+connection, `send_ns` and `sent_ns` before and after the call that sends the head (and, in one piece with it, a short body),
+`rx_ns` when the segment with the answer's last byte reached the client's kernel (null where the kernel did not say),
+`done_ns` after that byte was read. curl does not tell its own times, so a request of kind `curl_…` has only `connect_ns`,
+which is the start of curl, and `done_ns`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ TIMEOUT_S = 60
 PACE_S = 0.005
 PACES = 4
 REPORT_S = 0.5
+OFFSET_TRIES = 5
+SO_TIMESTAMPNS = 35  # include/uapi/asm-generic/socket.h; the socket module does not have it
+TIMESPEC = struct.Struct("ll")
 LOG_LINES = 64
 STORED_LIMIT = 1000
 VERSIONS_EACH = 4
@@ -289,16 +294,34 @@ class Outcome:
     connect_ns: int | None = None
     connected_ns: int | None = None
     send_ns: int | None = None
+    sent_ns: int | None = None
+    rx_ns: int | None = None
     done_ns: int = 0
     error: str | None = None
 
 
+def wall_offset_ns() -> int:
+    """CLOCK_REALTIME minus CLOCK_MONOTONIC: the tightest of a few readings."""
+    readings = []
+    for _ in range(OFFSET_TRIES):
+        before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, wall - (before + after) // 2))
+    return min(readings)[1]
+
+
 class Client:
-    """One keep-alive connection, opened again where it was closed."""
+    """One keep-alive connection, opened again where it was closed.
+
+    Where there is a log, the kernel stamps what arrives (SO_TIMESTAMPNS), in wall time. Both clocks are slewed alike, so
+    that their difference, measured with each connection, stays until somebody sets the wall clock.
+    """
 
     def __init__(self, options: LoadOptions, block: Block) -> None:
         self._address = (options.host, options.port)
         self._block = block
+        self._stamps = options.log is not None
+        self._offset_ns = 0
+        self._rx_ns: int | None = None
         self._sock: socket.socket | None = None
         self._buffer = bytearray(RECEIVE)
         self._view = memoryview(self._buffer)
@@ -335,6 +358,9 @@ class Client:
             # In the kernel rather than by settimeout(), which would cost a poll(2) before each call.
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TIMEOUT_S, 0))
+            if self._stamps:
+                self._sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+                self._offset_ns = wall_offset_ns()
             outcome.connect_ns = time.monotonic_ns()
             self._sock.connect(self._address)
             outcome.connected_ns = time.monotonic_ns()
@@ -344,7 +370,7 @@ class Client:
         """Send, and read the answer. True: the connection can be used again. Raises OSError, ValueError."""
         outcome.send_ns = time.monotonic_ns()
         if plan.manner == "expect":
-            sock.sendall(head)
+            self._send_head(sock, head, outcome)
             status, headers = self._answer_head(sock)
             if status != 100:
                 return self._finish(sock, plan, status, headers, outcome)
@@ -362,12 +388,13 @@ class Client:
 
     def _send(self, sock: socket.socket, plan: Plan, head: bytes, outcome: Outcome) -> None:
         content = plan.content
+        if head:
+            self._send_head(sock, head, outcome)
         if content is None:
-            sock.sendall(head)
-        elif plan.manner == "paced":
-            self._send_paced(sock, content, head, outcome)
+            return
+        if plan.manner == "paced":
+            self._send_paced(sock, content, outcome)
         elif plan.manner == "chunked":
-            sock.sendall(head, socket.MSG_MORE)
             for piece in filter(len, self._block.pieces(content)):
                 sock.sendall(b"%x\r\n" % len(piece), socket.MSG_MORE)
                 sock.sendall(piece, socket.MSG_MORE)
@@ -375,18 +402,20 @@ class Client:
                 outcome.bytes_in += len(piece)
             sock.sendall(b"0\r\n\r\n")
         elif content.size <= SMALL and plan.manner == "plain":
-            sock.sendall(head)
-            outcome.bytes_in = content.size
+            outcome.bytes_in = content.size  # it went with the head
         else:
-            sock.sendall(head, socket.MSG_MORE)
             for piece in self._block.pieces(content):
                 sock.sendall(piece)
                 outcome.bytes_in += len(piece)
 
-    def _send_paced(self, sock: socket.socket, content: Content, head: bytes, outcome: Outcome) -> None:
+    def _send_head(self, sock: socket.socket, head: bytes, outcome: Outcome) -> None:
+        # Not held back by MSG_MORE until the body follows: the server can read it between `send_ns` and `sent_ns`.
+        sock.sendall(head)
+        outcome.sent_ns = time.monotonic_ns()
+
+    def _send_paced(self, sock: socket.socket, content: Content, outcome: Outcome) -> None:
         data = b"".join(self._block.pieces(content))
         step = -(-len(data) // PACES)
-        sock.sendall(head)
         for start in range(0, len(data), step):
             time.sleep(PACE_S)
             part = data[start : start + step]
@@ -396,7 +425,7 @@ class Client:
     def _answer_head(self, sock: socket.socket) -> tuple[int, dict[bytes, bytes]]:
         """The status and the headers; what was received behind them moves to the buffer's start."""
         while (end := self._buffer.find(b"\r\n\r\n", 0, self._filled)) < 0:
-            size = sock.recv_into(self._view[self._filled :])
+            size = self._receive(sock, self._view[self._filled :])
             if not size:
                 raise ConnectionResetError("the server closed the connection without an answer")
             self._filled += size
@@ -406,6 +435,18 @@ class Client:
         self._filled = len(rest)
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
         return int(status_line.partition(b" ")[2][:3]), headers
+
+    def _receive(self, sock: socket.socket, into: memoryview) -> int:
+        """recv(2), noting when the last of what it brings had arrived. Returns the number of bytes."""
+        if not self._stamps:
+            return sock.recv_into(into)
+        size, ancillary, _, _ = sock.recvmsg_into([into], socket.CMSG_SPACE(TIMESPEC.size))
+        self._rx_ns = None
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
+                seconds, nanoseconds = TIMESPEC.unpack(data)
+                self._rx_ns = seconds * 1_000_000_000 + nanoseconds - self._offset_ns
+        return size
 
     def _finish(self, sock: socket.socket, plan: Plan, status: int, headers: dict[bytes, bytes], outcome: Outcome) -> bool:
         """Read the answer's body. True: the connection can be used again."""
@@ -420,9 +461,10 @@ class Client:
             outcome.bytes_out += size
             if outcome.bytes_out == length:
                 break
-            size = sock.recv_into(self._view, min(RECEIVE, length - outcome.bytes_out))
+            size = self._receive(sock, self._view[: length - outcome.bytes_out])
             if not size:
                 raise ConnectionResetError("the server closed the connection within an answer")
+        outcome.rx_ns = self._rx_ns
         if checks and f"sha256:{hashed.hexdigest()}" != plan.digest:
             outcome.error = CORRUPT
         return headers.get(b"connection", b"").lower() != b"close"

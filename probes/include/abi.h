@@ -110,19 +110,20 @@ enum { /* Handler */
 	H_NONE = 0,
 	H_RECEIVE = 1,
 	H_SEND = 2,
-	H_SENDFILE = 3,
-	H_ACCEPT = 4,
-	H_OPEN = 5,
-	H_CLOSE = 6,
-	H_SYNC = 7,
-	H_CHANGE = 8,
-	H_PATH = 9,
-	H_DUP = 10,
+	H_SYNC = 3,
+	H_CHANGE = 4,
+	H_DUP = 5,
+	H_ON_DESCRIPTOR = 5,
+	H_TRANSFER = 6,
+	H_ACCEPT = 7,
+	H_OPEN = 8,
+	H_CLOSE = 9,
+	H_PATH = 10,
 	H_WAIT = 11,
-	H_COPY = 12,
-	H_FRAME = 20,
-	H_CHUNK = 21,
-	H_FINISH = 22,
+	H_FILE = 12,
+	H_FRAME = 13,
+	H_CHUNK = 14,
+	H_FINISH = 15,
 };
 
 enum { /* maps */
@@ -159,6 +160,7 @@ enum { /* maps */
 #define NR_sendmmsg 307
 #define NR_sendfile 40
 #define NR_splice 275
+#define NR_copy_file_range 326
 #define NR_accept 43
 #define NR_accept4 288
 #define NR_open 2
@@ -195,7 +197,6 @@ enum { /* maps */
 #define NR_ppoll 271
 #define NR_epoll_pwait 281
 #define NR_epoll_pwait2 441
-#define NR_copy_file_range 326
 
 struct bp_header {
 	__u8 kind;

@@ -81,7 +81,7 @@ struct conn {
 
 /* threads: key = tid; from a target thread's first watched call until its exit. */
 struct thread {
-	__u64 enter_ns;
+	__u64 enter_ns, exit_ns, took; /* of the call, ns */
 	__u64 a0, a1, a2, a3;
 	__u64 run_delay; /* its runqueue wait up to the last boundary, ns */
 	__u64 sk, rid;   /* the request that it works on */
@@ -91,9 +91,12 @@ struct thread {
 	__u32 nfiles;
 	__u32 closing_last; /* ... its only one */
 	__u32 lost;
-	__u32 nr;
-	__u32 call; /* handler, 0 outside of a watched call */
 	__u32 pad;
+	__u32 nr;
+	__u32 call;    /* the handler of the call */
+	__u32 entered; /* its exit is to come */
+	__u32 kind;    /* of the call's descriptor */
+	__u64 object;  /* behind it */
 };
 
 /* fds: key = tgid << 32 | fd; from open, accept, dup or first use until close. */
@@ -359,14 +362,14 @@ INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
 #define UNTIED_NS 1000000000ULL /* how long work that belongs to no request is summed before it is sent */
 
 /* The sum to which a call on this file counts, or 0 where there is no room (counted). */
-INLINE struct work *work_of(struct thread *t, __u64 gen, __u64 now)
+INLINE struct work *work_of(struct thread *t, __u64 gen)
 {
 	struct work_key key = { gen, t->rid };
 	struct work *w = map_lookup(MAP(WORK), &key);
 	struct work fresh = {};
 	__u32 place;
 
-	if (w && !t->rid && now - w->first_ns > UNTIED_NS) {
+	if (w && !t->rid && t->exit_ns - w->first_ns > UNTIED_NS) {
 		work_emit(t, gen, 0, 0);
 		w = 0;
 	}
@@ -389,7 +392,7 @@ INLINE struct work *work_of(struct thread *t, __u64 gen, __u64 now)
 	if (!w)
 		return 0;
 found:
-	w->last_ns = now;
+	w->last_ns = t->exit_ns;
 	return w;
 }
 
