@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 U8, U16, U32, U64, S32 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
 
@@ -334,7 +335,12 @@ OFFSETS: dict[str, tuple[str, str]] = {
     "OFF_SOCK_STATE": ("sock", "__sk_common.skc_state"),
 }
 
-_C_NAMES = {U8: "__u8", U16: "__u16", U32: "__u32", U64: "__u64", S32: "__s32"}
+_C_NAMES: dict[type, str] = {U8: "__u8", U16: "__u16", U32: "__u32", U64: "__u64", S32: "__s32"}
+
+
+def fields(structure: type[ctypes.Structure]) -> list[tuple[str, Any]]:
+    """Names and ctypes of a structure's members, in order."""
+    return [(field[0], field[1]) for field in structure._fields_]
 
 
 def _struct_name(structure: type[ctypes.Structure]) -> str:
@@ -344,11 +350,11 @@ def _struct_name(structure: type[ctypes.Structure]) -> str:
 def _render_struct(structure: type[ctypes.Structure]) -> Iterator[str]:
     name = _struct_name(structure)
     yield f"struct {name} {{"
-    for field, ctype in structure._fields_:  # type: ignore[misc]
+    for field, ctype in fields(structure):
         yield f"\t{_C_NAMES.get(ctype) or 'struct ' + _struct_name(ctype)} {field};"
     yield "};"
     yield f'_Static_assert(sizeof(struct {name}) == {ctypes.sizeof(structure)}, "{name}");'
-    for field, _ in structure._fields_:  # type: ignore[misc]
+    for field, _ in fields(structure):
         offset = getattr(structure, field).offset
         yield f'_Static_assert(__builtin_offsetof(struct {name}, {field}) == {offset}, "{name}.{field}");'
 
@@ -378,7 +384,8 @@ def render_header() -> str:
     lines += ["};", ""]
     lines += [f"#define NR_{name} {nr}" for calls in CALLS.values() for name, nr in calls.items()]
     lines.append("")
-    for structure in (Header, *EVENTS.values()):
+    structures: list[type[ctypes.Structure]] = [Header, *EVENTS.values()]
+    for structure in structures:
         lines += [*_render_struct(structure), ""]
     lines.append("#endif")
     return "\n".join(lines) + "\n"

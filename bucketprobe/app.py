@@ -95,7 +95,7 @@ class Agent:
             signal.signal(number, self._on_signal)
 
         dropped = privileges.drop_all(settings.user)
-        log(f"runs as {dropped.user} (uid {dropped.uid}) with no capabilities: effective, permitted, inheritable, bounding, ambient all empty")
+        log(f"runs as {dropped.user} (uid {dropped.uid}) without capabilities: all five sets are empty, and no new ones can be gained")
         ready, descriptors = link.await_ready()
         events, self._stats_fd = descriptors
         self._ring = bpf.Ring(events, ready["ring_bytes"])
@@ -245,7 +245,7 @@ class Agent:
 
     def _health(self) -> HealthSnapshot:
         stats = self._kernel_stats()
-        finished = {name: stats[abi.Stat.COMPLETE + i] for i, name in enumerate(OUTCOMES)}  # type: ignore[index]
+        finished: dict[str, int] = {name: stats[abi.Stat(abi.Stat.COMPLETE + i)] for i, name in enumerate(OUTCOMES)}
         held = privileges.current()
         return HealthSnapshot(
             begun=stats[abi.Stat.BEGUN],

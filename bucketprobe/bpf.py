@@ -163,7 +163,7 @@ class Ring:
         self.size = size
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
         self._data = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
-        self._position = struct.unpack_from("=Q", self._consumer, 0)[0]
+        self._position: int = struct.unpack_from("=Q", self._consumer, 0)[0]
 
     def backlog(self) -> int:
         """Bytes that wait to be read."""

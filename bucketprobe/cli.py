@@ -121,8 +121,7 @@ def run(**given: Any) -> None:
 @click.option("--min-ms", type=float, default=0.0, show_default=True, metavar="N", help="Only requests that took at least so long.")
 @click.option("--slowest", type=click.IntRange(0, 100), default=3, show_default=True, metavar="N", help="How many to show one by one.")
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.pass_context
-def capture(ctx: click.Context, duration: float, min_ms: float, slowest: int, form: str, **given: Any) -> None:
+def capture(duration: float, min_ms: float, slowest: int, form: str, **given: Any) -> None:
     """Show where requests spend their time, for some seconds.
 
     Asks the running agent; where none runs, one is started for the time (name the service then, as for run).
@@ -140,7 +139,7 @@ def capture(ctx: click.Context, duration: float, min_ms: float, slowest: int, fo
     except captures.NoAgent:
         if settings.target.empty:
             raise
-        with _Borrowed(ctx, settings):
+        with _Borrowed(settings):
             records, end = captures.capture(run_dir, duration, min_ms, sys.stderr)
     summary = captures.summarise(records, slowest)
     if form == "json":
@@ -162,7 +161,7 @@ def capture(ctx: click.Context, duration: float, min_ms: float, slowest: int, fo
 class _Borrowed:
     """An agent for the time of one capture, on a free metrics port."""
 
-    def __init__(self, ctx: click.Context, settings: Any) -> None:
+    def __init__(self, settings: Any) -> None:
         self._settings = settings
 
     def __enter__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bucketprobe import abi
 
-_FORMATS = {abi.U8: "B", abi.U16: "H", abi.U32: "I", abi.U64: "Q", abi.S32: "i"}
+_FORMATS: dict[type, str] = {abi.U8: "B", abi.U16: "H", abi.U32: "I", abi.U64: "Q", abi.S32: "i"}
 
 
 class Undecodable(ValueError):
@@ -19,7 +19,7 @@ class Undecodable(ValueError):
 
 
 def _fields(structure: type[ctypes.Structure]) -> Iterator[tuple[str, str]]:
-    for name, ctype in structure._fields_:  # type: ignore[misc]
+    for name, ctype in abi.fields(structure):
         if issubclass(ctype, ctypes.Structure):
             yield from _fields(ctype)
         else:
@@ -32,7 +32,7 @@ def _decoder(kind: abi.Kind) -> tuple[Struct, Any]:
     layout = Struct("=" + "".join(formats))
     if layout.size != ctypes.sizeof(structure):
         raise AssertionError(f"{structure.__name__} has implied padding")
-    return layout, namedtuple(structure.__name__, (*names, "data"))  # type: ignore[misc]  # noqa: PYI024 (made from abi's table)
+    return layout, namedtuple(structure.__name__, (*names, "data"))
 
 
 _DECODERS = {int(kind): _decoder(kind) for kind in abi.Kind}

@@ -70,7 +70,7 @@ class BrokerLink:
         while select.select([self.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
             received = wire.receive(self.socket)
             if received is None:
-                raise BucketprobeError("The broker ended before the probes were attached: see the lines above, and run `bucketprobe doctor`.")
+                raise BucketprobeError("The broker ended before the probes were attached: run `bucketprobe doctor`.")
             message = received[0]
             if message["op"] == "ready":
                 return received
