@@ -11,12 +11,14 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bucketprobe import abi, bpf, broker, capture, decode, privileges, web
 from bucketprobe.catalog import HealthSnapshot
 from bucketprobe.config import FileClasses, Settings
+from bucketprobe.errors import BucketprobeError
 from bucketprobe.exporters.jsonl import JsonLines, open_records
 from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
 from bucketprobe.link import BrokerLink, log
@@ -106,7 +108,8 @@ class Agent:
             log(f"waits for a target ({self._wanted()}): nothing runs there yet")
         server = web.WebServer(listener, text.chunks, CONTENT_TYPE, self._why_not_ready, log)
         server.start()
-        log(f"ready: metrics on http://{settings.listen}/metrics")
+        host, port = server.address
+        log(f"ready: metrics on http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
         gc.collect()
         gc.freeze()
         poll = select.epoll()
@@ -135,10 +138,12 @@ class Agent:
                     second = now + 1
                     self._clock.measure()
         finally:
+            server.stop()
+            with suppress(BucketprobeError, OSError):  # without a broker they are detached already
+                link.ask({"op": "detach"})
             self._drain()
             self._tracker.flush()
             self._control.close()
-            server.stop()
             if self._records:
                 self._records.close()
             log(self._account())

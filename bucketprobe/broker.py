@@ -106,6 +106,9 @@ class Broker:
                 wire.send(self._agent, {"op": "path", "found": self._path(tgid, int(message["fd"]))})
             case "reopen":
                 self._reopen()
+            case "detach":
+                self._probes.detach()
+                wire.send(self._agent, {"op": "detach"})
             case "stats":
                 wire.send(self._agent, {"op": "stats", "values": read_stats(self._maps["stats"])})
 

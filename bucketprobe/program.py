@@ -167,6 +167,12 @@ class Loaded:
     links: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
+    def detach(self) -> None:
+        """No more events: what the maps hold is final."""
+        for fd in self.links.values():
+            os.close(fd)
+        self.links.clear()
+
     def close(self) -> None:
         for fd in (*self.links.values(), *self.programs, *self.maps.values()):
             os.close(fd)

@@ -21,9 +21,10 @@ FileClass = Literal["storage", "metadata", "other"]
 AT_FDCWD = -100
 O_DSYNC = 0o10000
 #: What may be kept of unfinished requests, open files and directories.
-MAX_REQUESTS = 16_384
+MAX_REQUESTS = 4_096
 MAX_GENERATIONS = 65_536
-MAX_UNTIED = 4_096
+MAX_UNTIED = 512
+MAX_DIRECTORIES = 4_096
 #: How long an aborted request waits for its thread to finish the file work that it had begun, ns.
 GRACE_NS = 500_000_000
 
@@ -124,7 +125,7 @@ class Tracker:
     def learn_directory(self, tgid: int, fd: int, path: str) -> None:
         """A directory that a target holds open and may name files against."""
         self._directories[tgid, fd] = path
-        while len(self._directories) > MAX_UNTIED:
+        while len(self._directories) > MAX_DIRECTORIES:
             self._directories.popitem(last=False)
 
     def forget_process(self, tgid: int) -> None:
@@ -292,8 +293,9 @@ class Tracker:
             return Attribution("unattributed", (), untied + own)
         if not work.touched and untied:
             return Attribution("unattributed", (), untied)
-        label: Literal["exact", "inferred"] = "inferred" if event.flags & abi.RequestFlag.MOVED else "exact"
-        return Attribution(label, ("thread",), untied)
+        # Another thread may have done file work for it, or events about it were lost: what is shown is right, and may not be all.
+        whole = not event.flags & abi.RequestFlag.MOVED and not event.lost
+        return Attribution("exact" if whole else "inferred", ("thread",), untied)
 
 
 def _request_id(head: http1.RequestHead | None, response_head: bytes) -> str | None:

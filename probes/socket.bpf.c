@@ -238,7 +238,7 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 		s->recv_calls++;
 	}
 	s = current(c);
-	if (s)
+	if (s && s->begun)
 		bind(t, t->object, c, s);
 	if (c->dir[0].mode == HTTP1_LOST)
 		return 0;
@@ -366,6 +366,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	struct scratch *x = scratch();
 	__u32 dir, n, used = 0;
 	__u64 address, left, sk;
+	struct thread *t;
 	struct conn *c;
 	struct http1 *d;
 	struct slot *s;
@@ -447,6 +448,10 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 		if (c->rx_seq != c->tx_seq)
 			s->flags |= RF_PIPELINED;
 		stat_add(ST_BEGUN, 1);
+		t = thread();
+		s = current(c);
+		if (t && s)
+			bind(t, sk, c, s);
 	} else if (d->status < 200) {
 		if (d->status == 101) {
 			stat_add(ST_UPGRADES, 1);
@@ -463,7 +468,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 		tail_call(ctx, MAP(HANDLERS), H_FINISH);
 		return 0;
 	}
-	if (http1_body(d, s->method == METHOD_HEAD))
+	if (http1_body(d, dir && s->method == METHOD_HEAD))
 		goto more;
 complete:
 	if (dir) {

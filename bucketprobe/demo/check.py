@@ -174,8 +174,8 @@ def _sum(lines: Iterable[Line], name: str) -> int:
 
 def render(rows: Sequence[Row], paint: Callable[[str, bool], str] = lambda text, _: text) -> str:
     """The comparison as a table of at most 79 columns; `paint(text, good)` may colour a verdict."""
-    lines = [f"  {'':<23}{'clients':>15}{'metrics':>15}{'records':>15}"]
+    lines = [f"  {'':<23}{'clients':>14}{'metrics':>14}{'records':>14}"]
     for row in rows:
-        figures = "".join(f"{'-' if number is None else f'{number:,}':>15}" for number in (row.clients, row.metrics, row.records))
+        figures = "".join(f"{'-' if number is None else f'{number:,}':>14}" for number in (row.clients, row.metrics, row.records))
         lines.append(f"  {row.what:<23}{figures}  {paint('ok' if row.agrees else 'MISMATCH', row.agrees)}")
     return "\n".join(lines) + "\n"

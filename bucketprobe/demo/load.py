@@ -8,10 +8,10 @@ fixed sequence of requests. The first request of a thread is always an upload, s
 
 With `--log FILE` each request becomes one JSON line. Its times are CLOCK_MONOTONIC in ns, the clock that a server and a
 kernel on the same host use, too: `connect_ns` and `connected_ns` before and after connect(2) for the first request of a
-connection, `send_ns` and `sent_ns` before and after the call that sends the head (and, in one piece with it, a short body),
-`rx_ns` when the segment with the answer's last byte reached the client's kernel (null where the kernel did not say),
-`done_ns` after that byte was read. curl does not tell its own times, so a request of kind `curl_…` has only `connect_ns`,
-which is the start of curl, and `done_ns`.
+connection; `send_ns` and `sent_ns` before and after the call that sends the head (and, in one piece with it, a short body);
+`done_ns` after the answer's last byte was read. Two are the kernel's own, null where it gave none: `tx_ns` when the last byte
+of that first call left for the network device, `rx_ns` when the segment with the answer's last byte came from it. curl does
+not tell its own times, so a request of kind `curl_…` has only `connect_ns`, which is the start of curl, and `done_ns`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,16 @@ PACE_S = 0.005
 PACES = 4
 REPORT_S = 0.5
 OFFSET_TRIES = 5
-SO_TIMESTAMPNS = 35  # include/uapi/asm-generic/socket.h; the socket module does not have it
-TIMESPEC = struct.Struct("ll")
+
+#: include/uapi/asm-generic/socket.h and linux/net_tstamp.h; the socket module has none of them.
+SO_TIMESTAMPING = 37
+STAMP_SENT = 1 << 1
+STAMP_RECEIVED = 1 << 3
+REPORT_STAMPS = 1 << 4
+STAMP_WITHOUT_DATA = 1 << 11
+STAMPS = struct.Struct("6l")  # struct scm_timestamping: three timespecs, the first is the kernel's
+STAMP_ROOM = socket.CMSG_SPACE(STAMPS.size)
+QUEUE_ROOM = STAMP_ROOM + socket.CMSG_SPACE(64)  # and a sock_extended_err with an address
 LOG_LINES = 64
 STORED_LIMIT = 1000
 VERSIONS_EACH = 4
@@ -295,6 +303,7 @@ class Outcome:
     connected_ns: int | None = None
     send_ns: int | None = None
     sent_ns: int | None = None
+    tx_ns: int | None = None
     rx_ns: int | None = None
     done_ns: int = 0
     error: str | None = None
@@ -312,8 +321,8 @@ def wall_offset_ns() -> int:
 class Client:
     """One keep-alive connection, opened again where it was closed.
 
-    Where there is a log, the kernel stamps what arrives (SO_TIMESTAMPNS), in wall time. Both clocks are slewed alike, so
-    that their difference, measured with each connection, stays until somebody sets the wall clock.
+    Where there is a log, the kernel stamps what goes and comes (SO_TIMESTAMPING), in wall time. It and CLOCK_MONOTONIC are
+    slewed alike, so that their difference, measured with each connection, stays until somebody sets the wall clock.
     """
 
     def __init__(self, options: LoadOptions, block: Block) -> None:
@@ -359,7 +368,7 @@ class Client:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TIMEOUT_S, 0))
             if self._stamps:
-                self._sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+                self._sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, STAMP_RECEIVED | REPORT_STAMPS | STAMP_WITHOUT_DATA)
                 self._offset_ns = wall_offset_ns()
             outcome.connect_ns = time.monotonic_ns()
             self._sock.connect(self._address)
@@ -410,8 +419,12 @@ class Client:
 
     def _send_head(self, sock: socket.socket, head: bytes, outcome: Outcome) -> None:
         # Not held back by MSG_MORE until the body follows: the server can read it between `send_ns` and `sent_ns`.
-        sock.sendall(head)
+        if self._stamps:
+            head = head[sock.sendmsg([head], [(socket.SOL_SOCKET, SO_TIMESTAMPING, struct.pack("I", STAMP_SENT))]) :]
+        else:
+            head = head[sock.send(head) :]
         outcome.sent_ns = time.monotonic_ns()
+        sock.sendall(head)
 
     def _send_paced(self, sock: socket.socket, content: Content, outcome: Outcome) -> None:
         data = b"".join(self._block.pieces(content))
@@ -440,13 +453,24 @@ class Client:
         """recv(2), noting when the last of what it brings had arrived. Returns the number of bytes."""
         if not self._stamps:
             return sock.recv_into(into)
-        size, ancillary, _, _ = sock.recvmsg_into([into], socket.CMSG_SPACE(TIMESPEC.size))
-        self._rx_ns = None
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
-                seconds, nanoseconds = TIMESPEC.unpack(data)
-                self._rx_ns = seconds * 1_000_000_000 + nanoseconds - self._offset_ns
+        size, ancillary, _, _ = sock.recvmsg_into([into], STAMP_ROOM)
+        self._rx_ns = self._stamp(ancillary)
         return size
+
+    def _sent_stamp(self, sock: socket.socket) -> int | None:
+        """When the first call's bytes left: the one stamp that was asked for, out of the socket's queue of errors and stamps."""
+        try:
+            return self._stamp(sock.recvmsg(0, QUEUE_ROOM, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)[1])
+        except BlockingIOError:
+            return None
+
+    def _stamp(self, ancillary: list[tuple[int, int, bytes]]) -> int | None:
+        """The kernel's stamp as CLOCK_MONOTONIC, in ns."""
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPING):
+                seconds, nanoseconds, *_ = STAMPS.unpack(data)
+                return int(seconds * 1_000_000_000 + nanoseconds - self._offset_ns)
+        return None
 
     def _finish(self, sock: socket.socket, plan: Plan, status: int, headers: dict[bytes, bytes], outcome: Outcome) -> bool:
         """Read the answer's body. True: the connection can be used again."""
@@ -464,7 +488,9 @@ class Client:
             size = self._receive(sock, self._view[: length - outcome.bytes_out])
             if not size:
                 raise ConnectionResetError("the server closed the connection within an answer")
-        outcome.rx_ns = self._rx_ns
+        if self._stamps:
+            outcome.rx_ns = self._rx_ns
+            outcome.tx_ns = self._sent_stamp(sock)
         if checks and f"sha256:{hashed.hexdigest()}" != plan.digest:
             outcome.error = CORRUPT
         return headers.get(b"connection", b"").lower() != b"close"
