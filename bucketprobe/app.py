@@ -187,13 +187,13 @@ class Agent:
             case abi.ProcessChange.FORK:
                 self._link.tell({"op": "process", "tgid": event.tgid, "why": f"child of {event.other}"})
             case abi.ProcessChange.EXEC:
-                self._link.tell({"op": "check", "tgid": event.tgid})
+                self._link.tell({"op": "exec", "tgid": event.tgid})
             case abi.ProcessChange.EXIT:
                 if self._processes.pop(event.tgid, None):
                     self._link.tell({"op": "gone", "tgid": event.tgid})
                     self._tracker.forget_process(event.tgid)
                     if not self._processes:
-                        log(f"the target is gone (pid {event.tgid} ended): waits for {self._wanted()}")
+                        log(f"the target is gone (pid {event.tgid} ended): {self._what_now()}")
 
     def _hear_broker(self) -> None:
         for message, descriptors in self._link.messages():
@@ -285,6 +285,11 @@ class Agent:
 
     def _why_not_ready(self) -> str | None:
         return None if self._processes else f"no target: nothing matches {self._wanted()}"
+
+    def _what_now(self) -> str:
+        if self._settings.target.only_pids:
+            return "nothing is left to observe; what was counted stays on /metrics until bucketprobe is stopped"
+        return f"waits for {self._wanted()}"
 
     def _wanted(self) -> str:
         spec = self._settings.target

@@ -93,10 +93,8 @@ class Broker:
     def _answer(self, message: wire.Message) -> None:
         tgid = int(message.get("tgid", 0))
         match message["op"]:
-            case "check":
-                why = target.matches(self._settings.target, tgid)
-                if why:
-                    self._add(tgid, why)
+            case "exec":
+                self._executed(tgid)
             case "process":
                 self._add(tgid, message["why"])
             case "gone":
@@ -116,6 +114,15 @@ class Broker:
         for found in target.find(self._settings.target):
             if found.tgid not in (os.getpid(), os.getppid()) and self._known.get(found.tgid, -1) != found.start_time_ticks:
                 self._add(found.tgid, found.why)
+
+    def _executed(self, tgid: int) -> None:
+        """A process runs another program: its close-on-exec descriptors are gone without a close, and it may be a target now."""
+        why = target.matches(self._settings.target, tgid)
+        if tgid in self._known:
+            self._forget_files({tgid})
+            why = why or "ran another program"
+        if why:
+            self._add(tgid, why)
 
     def _add(self, tgid: int, why: str) -> None:
         """Makes a process a target, its open files known first."""
@@ -178,11 +185,14 @@ class Broker:
         gone = {tgid for tgid in self._gone if target.start_time(tgid) is None}
         for tgid in gone:
             self._targets[tgid] = 0
+        self._forget_files(gone)
+        self._gone.clear()
+
+    def _forget_files(self, tgids: set[int]) -> None:
         entries = next(m for m in abi.MAPS if m.name == "fds").entries
         for key in list(bpf.map_keys(self._maps["fds"], 8, entries)):
-            if struct.unpack("=Q", key)[0] >> 32 in gone:
+            if struct.unpack("=Q", key)[0] >> 32 in tgids:
                 bpf.map_delete(self._maps["fds"], key)
-        self._gone.clear()
 
 
 def read_stats(fd: int) -> list[int]:

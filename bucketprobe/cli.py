@@ -106,6 +106,9 @@ def run(**given: Any) -> None:
     settings = _settings(given)
     if settings.target.empty:
         raise UsageError("Nothing to observe: name the service with --port, --pid, --exe, --unit or --cgroup.")
+    if settings.target.only_pids and not any(Path(f"/proc/{pid}").exists() for pid in settings.target.pids):
+        pids = ", ".join(str(pid) for pid in settings.target.pids)
+        raise UsageError(f"No process has pid {pids}: look it up, or name the service by --port, which also finds it after a restart.")
     privileges.require_root_caps()
     from bucketprobe.link import BrokerLink
 

@@ -53,6 +53,11 @@ class TargetSpec:
         return not (self.ports or self.pids or self.asks_on_exec)
 
     @property
+    def only_pids(self) -> bool:
+        """Whether nothing but processes is named: when they are gone, nothing can come in their place."""
+        return bool(self.pids) and not (self.ports or self.exes or self.units or self.cgroups)
+
+    @property
     def asks_on_exec(self) -> bool:
         """Whether a process may become a target by what it executes or where it runs."""
         return bool(self.exes or self.units or self.cgroups)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent costs, measured on this host. Run as root.
+
+    .venv/bin/python tests/bench/bench.py
+    .venv/bin/python tests/bench/bench.py --quick --only ready,syscalls
+
+What is compared is measured in turns, without and with the agent, and given as a ratio or a difference with its spread.
+Progress goes to standard error, a table to standard output, and all samples to out/bench/results.json.
+
+Exit code: 0 all was measured (goals reached or not), 1 a part failed, 2 wrong call or host, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cpu
+import memory
+import ready
+import syscalls
+import throughput
+from figures import Part, document, table
+from host import describe
+from rig import FULL, QUICK, Plan, Rig
+
+from bucketprobe import privileges, program
+from bucketprobe.errors import BucketprobeError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS: dict[str, Callable[[Rig], Part]] = {
+    "syscalls": syscalls.measure,
+    "ready": ready.measure,
+    "memory": memory.measure,
+    "cpu": cpu.measure,
+    "throughput": throughput.measure,
+}
+#: A case of 1 MiB artifacts fills so much between two clearings, on a fast host.
+STORE_BYTES = 6 << 30
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        description="Measure what the agent costs on this host (as root).",
+        epilog="Example: .venv/bin/python tests/bench/bench.py --quick --only ready,syscalls",
+    )
+    parser.add_argument("--quick", action="store_true", help="about a minute, with fewer cases and repetitions")
+    parser.add_argument("--only", metavar="PARTS", help=f"some parts, with commas between: {', '.join(PARTS)}")
+    parser.add_argument("--store", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where the artifacts go [%(default)s]")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/bench/results.json", metavar="FILE", help="[out/bench/results.json]")
+    options = parser.parse_args(arguments)
+    options.only = chosen(options.only)
+    return options
+
+
+def chosen(text: str | None) -> list[str]:
+    """The parts' names in the order in which they run. Raises UsageError."""
+    if text is None:
+        return list(PARTS)
+    wanted = [name.strip() for name in text.split(",")]
+    unknown = [name for name in wanted if name not in PARTS]
+    if unknown:
+        raise UsageError(f"--only has no part {unknown[0]!r}: choose from {', '.join(PARTS)}.")
+    return [name for name in PARTS if name in wanted]
+
+
+def measure(names: Sequence[str], rig: Rig) -> list[Part]:
+    """Each part fails alone."""
+    parts = []
+    for name in names:
+        try:
+            parts.append(PARTS[name](rig))
+        except BucketprobeError as error:
+            parts.append(Part(name, error=str(error)))
+    return parts
+
+
+def check_store(store: Path) -> None:
+    """Raises UsageError."""
+    try:
+        free = shutil.disk_usage(store).free
+    except OSError as error:
+        raise UsageError(f"--store {store} cannot be used ({error.strerror}): name an existing folder.") from None
+    if free < STORE_BYTES:
+        raise UsageError(f"--store {store} has {free / 1e9:.1f} GB free, and up to {STORE_BYTES / 1e9:.1f} GB are written: name another folder.")
+
+
+def bench(plan: Plan, options: argparse.Namespace) -> int:
+    begin = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    privileges.require_root_caps()
+    check_store(options.store)
+    host = describe(ROOT)
+    with tempfile.TemporaryDirectory(prefix="bucketprobe-bench-") as room, tempfile.TemporaryDirectory(dir=options.store) as store:
+        rig = Rig(Path(room), Path(store).resolve(), plan, progress)
+        program.compiled(str(rig.cache), progress)
+        parts = measure(options.only, rig)
+    host |= {"quick": plan is QUICK, "seconds": round(time.monotonic() - begin)}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document(parts, host), indent=1) + "\n")
+    print(f"{host['cpu']}, {host['cpus']} CPUs, Linux {host['kernel']}, load average {host['load_average']:.1f} at the start\n")
+    print(table(parts))
+    print(f"\nAll samples: {options.out}")
+    return int(any(part.error for part in parts))
+
+
+def interrupt(_number: int, _frame: object) -> None:
+    """Once: a second Ctrl-C must not keep what was started from being ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        options = parse(arguments)
+        return bench(QUICK if options.quick else FULL, options)
+    except BucketprobeError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bench: interrupted; all that it started has been ended", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

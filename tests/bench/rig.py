@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts what is measured, servers, loads and agents, and ends all of it again, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from figures import Part, alternate
+from host import cpu_ns, system_call_tracers
+
+from bucketprobe import capture
+from bucketprobe.errors import BucketprobeError
+
+#: How long an agent may take to be ready, a cold compile on a slow host included.
+READY_SECONDS = 120.0
+END_SECONDS = 15.0
+#: How long to wait for others on the host to stop tracing before a measurement that they would spoil.
+QUIET_SECONDS = 10.0
+#: The agent looks at its ring at least every 100 ms.
+DRAIN_SECONDS = 0.3
+CONNECTIONS = 8
+
+T = TypeVar("T")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured. Times in seconds."""
+
+    cases: tuple[tuple[str, int], ...]
+    arm_s: float
+    throughput_pairs: int
+    cpu_runs: int
+    cpu_s: float
+    memory_requests: tuple[int, int]
+    cold_starts: int
+    cached_starts: int
+    syscall_pairs: int
+
+
+SIZES = (8 << 10, 64 << 10, 1 << 20)
+FULL = Plan(
+    cases=tuple((model, size) for model in ("threads", "prefork") for size in SIZES),
+    arm_s=3.5,
+    throughput_pairs=5,
+    cpu_runs=2,
+    cpu_s=6.0,
+    memory_requests=(1_000, 9_000),
+    cold_starts=5,
+    cached_starts=10,
+    syscall_pairs=9,
+)
+QUICK = Plan(
+    cases=(("threads", 8 << 10), ("prefork", 64 << 10)),
+    arm_s=2.0,
+    throughput_pairs=2,
+    cpu_runs=1,
+    cpu_s=3.0,
+    memory_requests=(500, 2_500),
+    cold_starts=2,
+    cached_starts=4,
+    syscall_pairs=3,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A running reference server on `port`, with its artifacts below `root`."""
+
+    port: int
+    root: Path
+    _pid: int
+
+    def cpu_ns(self) -> int:
+        """Of the server and its workers so far."""
+        workers = psutil.Process(self._pid).children(recursive=True)
+        return cpu_ns(self._pid) + sum(cpu_ns(worker.pid) for worker in workers)
+
+    def clear(self) -> None:
+        """Removes the artifacts, as many fit into a tmpfs. Only while nothing is asked of the server, which makes folders anew."""
+        subprocess.run(["rm", "-rf", *map(str, (*self.root.glob("data/*"), *self.root.glob("meta/*")))], check=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A running agent. `ready_s`: from its exec until /readyz answered 200."""
+
+    pid: int
+    broker_pid: int
+    listen_port: int
+    run_dir: Path
+    ready_s: float
+
+    def cpu_ns(self) -> tuple[int, int]:
+        """Of the agent and of its broker so far."""
+        return cpu_ns(self.pid), cpu_ns(self.broker_pid)
+
+    def status(self) -> dict[str, Any]:
+        return dict(capture.status(self.run_dir))
+
+    def scrape(self) -> None:
+        http_status(self.listen_port, "/metrics")
+
+
+@dataclass
+class Rig:
+    """Where the bench works. `room` holds logs, caches and run folders, `store` what servers keep; both are removed by the caller."""
+
+    room: Path
+    store: Path
+    plan: Plan
+    progress: Progress
+    _numbers: Iterator[int] = field(default_factory=lambda: iter(range(1_000_000)))
+
+    @property
+    def cache(self) -> Path:
+        """The compiled probes for all agents but those whose cold start is measured."""
+        return self.room / "cache"
+
+    def fresh(self, name: str) -> Path:
+        """A path that nothing has used yet."""
+        return self.room / f"{name}-{next(self._numbers)}"
+
+    @contextmanager
+    def started(self, command: Sequence[str], log: Path, stdin: int = subprocess.DEVNULL, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+        """A process in a group of its own, so that a Ctrl-C reaches only the bench, which then ends all in order."""
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=out if stdout is None else stdout, stderr=out, process_group=0, env=environment()
+            )
+        try:
+            yield process
+        finally:
+            end(process)
+
+    @contextmanager
+    def bucket(self, model: str) -> Iterator[Bucket]:
+        root, log = self.store / f"bucket-{next(self._numbers)}", self.fresh("bucket.log")
+        command = [sys.executable, "-m", "bucketprobe.demo.bucket", "--port", "0", "--root", str(root), "--model", model]
+        with self.started([*command, "--workers", str(CONNECTIONS)], log) as process:
+            port = int(self._announced(process, log, r"listening on http://127\.0\.0\.1:(\d+)"))
+            yield Bucket(port, root, process.pid)
+        subprocess.run(["rm", "-rf", str(root)], check=True)
+
+    @staticmethod
+    def _announced(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and process.poll() is None:
+            found = re.search(pattern, log.read_text(errors="replace"))
+            if found:
+                return found[1]
+            time.sleep(0.02)
+        raise BucketprobeError(f"The reference Bucket did not start: {last_lines(log)}")
+
+    @contextmanager
+    def agent(self, target: Sequence[str], *, cache: Path | None = None, records: bool = True) -> Iterator[Agent]:
+        """An agent, ready. It writes records to the store, as in everyday use, unless told otherwise. Raises BucketprobeError."""
+        log, run_dir, port = self.fresh("agent.log"), self.fresh("run"), free_port()
+        command = [
+            str(Path(sys.executable).with_name("bucketprobe")), "run", *target, "--listen", f"127.0.0.1:{port}",
+            "--run-dir", str(run_dir), "--cache-dir", str(cache or self.cache),
+        ]  # fmt: skip
+        record_file = self.store / f"{run_dir.name}.jsonl"
+        if records:
+            command += ["--records", str(record_file)]
+        begin = time.monotonic()
+        with self.started(command, log) as process:
+            while http_status(port, "/readyz") != 200:
+                if process.poll() is not None or time.monotonic() - begin > READY_SECONDS:
+                    raise BucketprobeError(f"The agent was not ready: {last_lines(log)}")
+                time.sleep(0.001)
+            ready_s = time.monotonic() - begin
+            (broker,) = psutil.Process(process.pid).children()
+            yield Agent(process.pid, broker.pid, port, run_dir, ready_s)
+        record_file.unlink(missing_ok=True)
+
+    def load(self, port: int, size: int, **options: float) -> dict[str, Any]:
+        """Runs the load generator to its end; the result as it prints it. Raises BucketprobeError where an answer was wrong."""
+        command = [sys.executable, "-m", "bucketprobe.demo.load", "--port", str(port), "--fixed-bytes", str(size), "--json"]
+        command += ["--connections", str(CONNECTIONS), "--processes", "2"]
+        for name, value in options.items():
+            command += [f"--{name}", f"{value:g}"]
+        log = self.fresh("load.log")
+        with self.started(command, log, stdout=subprocess.PIPE) as process:
+            out, _ = process.communicate(timeout=options.get("seconds", 0) + 120)
+        if process.returncode:
+            raise BucketprobeError(f"The load met wrong answers or none: {out.decode()[:500]} {last_lines(log)}")
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+    def pairs(self, part: Part, count: int, target: Sequence[str], work: Callable[[Agent | None], T]) -> list[tuple[T, T]]:
+        """What `work` finds (without an agent, with one), `count` times, interleaved.
+
+        A pair in which others traced system calls is measured again, a few times at most: they slow everything down, and with
+        them there the agent's own first step seems to cost nothing. Raises BucketprobeError where no pair was free of them.
+        """
+        good: list[tuple[T, T]] = []
+        for order in alternate(count + 3):
+            found: dict[bool, T] = {}
+            clean = True
+            for on in order:
+                found[on], undisturbed = self._arm(on, target, work)
+                clean &= undisturbed
+            if clean:
+                good.append((found[False], found[True]))
+            else:
+                part.discarded += 1
+            if len(good) == count:
+                break
+        if not good:
+            pids = ", ".join(map(str, sorted(system_call_tracers())))
+            raise BucketprobeError(f"Others trace every system call of this host all the time (pid {pids}): stop them for the bench.")
+        return good
+
+    def _arm(self, on: bool, target: Sequence[str], work: Callable[[Agent | None], T]) -> tuple[T, bool]:
+        self._await_quiet()
+        if not on:
+            value = work(None)
+            return value, not system_call_tracers()
+        with self.agent(target) as agent:
+            value = work(agent)
+            return value, system_call_tracers() <= {agent.broker_pid}
+
+    def _await_quiet(self) -> None:
+        deadline = time.monotonic() + QUIET_SECONDS
+        while system_call_tracers() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Asks it to end, and makes it and whatever is left of its group end where it does not."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            stream.close()
+
+
+def environment() -> dict[str, str]:
+    """Ours, but bytecode is written: how fast a command starts must not depend on what was compiled before."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def http_status(port: int, path: str) -> int | None:
+    """What the agent answers to a GET; None where nobody answers."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            answer = b""
+            while data := connection.recv(1 << 16):
+                answer += data
+    except OSError:
+        return None
+    return int(answer.split()[1]) if answer.startswith(b"HTTP/1.") else None
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, in one line."""
+    return " | ".join(log.read_text(errors="replace").splitlines()[-3:]) or "it said nothing"
