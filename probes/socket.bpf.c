@@ -411,7 +411,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	result = ((volatile struct http1_step *)&x->step)->result;
 	used = ((volatile struct http1_step *)&x->step)->used;
 	x->offset += used;
-	if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && d->flags & HTTP1_BAD)) {
+	if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && !http1_usable(d))) {
 		/* On a connection that was met in the middle, this may be the rest of a body: look again at the next read. */
 		if (!dir && c->flags & RF_OLD && !s->begun && !c->rx_seq) {
 			http1_next(d);

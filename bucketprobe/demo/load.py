@@ -47,7 +47,7 @@ from bucketprobe.errors import BucketprobeError, UsageError
 BLOCK = 1 << 20
 STEP = 1 << 16
 KEY_BYTES = 16
-SMALL = 1 << 16
+SMALL = 1 << 15  # with its head in one segment of the loopback device (65,483 bytes), so that one stamp tells all
 RECEIVE = 1 << 18
 TIMEOUT_S = 60
 PACE_S = 0.005

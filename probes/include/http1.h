@@ -156,8 +156,10 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 			if (c - '0' < 10) {
 				d->value = d->value * 10 + (c - '0');
 			} else if (d->state == HTTP1_SECOND) {
-				d->status = d->value;
-				d->state = HTTP1_REST;
+				if (d->value || ink) { /* else a second blank before it */
+					d->status = d->value;
+					d->state = HTTP1_REST;
+				}
 			} else if (ink) {
 				d->flags |= HTTP1_BAD;
 			}
@@ -181,6 +183,12 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 		}
 	}
 	d->head += step->used;
+}
+
+/* Whether a complete head says how its message is framed: its length is a number and its status has three digits. */
+static inline __attribute__((always_inline)) int http1_usable(struct http1 *d)
+{
+	return !(d->flags & HTTP1_BAD) && (!d->response || d->status - 100U < 900);
 }
 
 /*
@@ -272,6 +280,8 @@ static inline __attribute__((always_inline)) void http1_chunk(volatile struct ht
 				continue;
 			}
 		}
+		if (d->value >> 60)
+			http1_stop(step, i, HTTP1_MALFORMED);
 		d->value = d->value << 4 | digit;
 	}
 }

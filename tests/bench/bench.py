@@ -90,7 +90,9 @@ def check_store(store: Path) -> None:
     except OSError as error:
         raise UsageError(f"--store {store} cannot be used ({error.strerror}): name an existing folder.") from None
     if free < STORE_BYTES:
-        raise UsageError(f"--store {store} has {free / 1e9:.1f} GB free, and up to {STORE_BYTES / 1e9:.1f} GB are written: name another folder.")
+        raise UsageError(
+            f"--store {store} has {free / 1e9:.1f} GB free, and up to {STORE_BYTES / 1e9:.1f} GB are written: name another folder."
+        )
 
 
 def bench(plan: Plan, options: argparse.Namespace) -> int:

@@ -140,9 +140,7 @@ def _cells(figure: Figure) -> tuple[str, ...]:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = (
-        cell.rjust(width) if name in _RIGHT else cell.ljust(width) for name, cell, width in zip(HEADER, row, widths, strict=True)
-    )
+    cells = (cell.rjust(width) if name in _RIGHT else cell.ljust(width) for name, cell, width in zip(HEADER, row, widths, strict=True))
     return "  ".join(cells).rstrip()
 
 

@@ -136,7 +136,9 @@ class Rig:
         return self.room / f"{name}-{next(self._numbers)}"
 
     @contextmanager
-    def started(self, command: Sequence[str], log: Path, stdin: int = subprocess.DEVNULL, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    def started(
+        self, command: Sequence[str], log: Path, stdin: int = subprocess.DEVNULL, stdout: int | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
         """A process in a group of its own, so that a Ctrl-C reaches only the bench, which then ends all in order."""
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -202,8 +204,8 @@ class Rig:
         result: dict[str, Any] = json.loads(out)
         return result
 
-    def pairs(self, part: Part, count: int, target: Sequence[str], work: Callable[[Agent | None], T]) -> list[tuple[T, T]]:
-        """What `work` finds (without an agent, with one), `count` times, interleaved.
+    def pairs(self, part: Part, name: str, count: int, target: Sequence[str], work: Callable[[Agent | None], T]) -> list[tuple[T, T]]:
+        """What `work` finds (without an agent, with one), `count` times, interleaved. `name` is for the progress display.
 
         A pair in which others traced system calls is measured again, a few times at most: they slow everything down, and with
         them there the agent's own first step seems to cost nothing. Raises BucketprobeError where no pair was free of them.
@@ -213,6 +215,8 @@ class Rig:
             found: dict[bool, T] = {}
             clean = True
             for on in order:
+                again = f" (again: {part.discarded} disturbed so far)" if part.discarded else ""
+                self.progress(f"{part.name}: {name}pair {len(good) + 1} of {count}, agent {'on' if on else 'off'}{again}")
                 found[on], undisturbed = self._arm(on, target, work)
                 clean &= undisturbed
             if clean:

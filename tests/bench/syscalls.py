@@ -51,17 +51,13 @@ class Looper:
 def measure(rig: Rig) -> Part:
     part = Part("syscalls", f"ns per call, the fastest of {ROUNDS} rounds for each value; agent off and on interleaved")
     program = compiled(rig)
-    taken = 0
     with looper(rig, program) as target, looper(rig, program) as foreign:
         loopers = {"target": target, "foreign": foreign}
 
         def work(agent: Agent | None) -> list[float]:
-            nonlocal taken
-            rig.progress(f"syscalls: pair {taken // 2 + 1} of {rig.plan.syscall_pairs}, agent {'on' if agent else 'off'}")
-            taken += 1
             return [loopers[who].ns_per_call(kind, calls) for who, (_, kind, calls) in CASES]
 
-        pairs = rig.pairs(part, rig.plan.syscall_pairs, ["--pid", str(target.pid)], work)
+        pairs = rig.pairs(part, "", rig.plan.syscall_pairs, ["--pid", str(target.pid)], work)
     for i, (who, (name, _, _)) in enumerate(CASES):
         added = differences([(off[i], on[i]) for off, on in pairs])
         part.add(f"{who}: {name}, added", "ns", added, GOAL_FOREIGN_NS if who == "foreign" else None)

@@ -41,16 +41,12 @@ def measure_case(rig: Rig, part: Part, model: str, size: int) -> None:
     name = f"{model}, {size_text(size)}"
     with rig.bucket(model) as bucket:
         rig.load(bucket.port, size, seconds=WARM_UP_SECONDS)
-        taken = 0
 
         def work(agent: Agent | None) -> Arm:
-            nonlocal taken
-            rig.progress(f"throughput: {name}: pair {taken // 2 + 1} of {rig.plan.throughput_pairs}, agent {'on' if agent else 'off'}")
-            taken += 1
             return run_arm(rig, bucket, size, agent)
 
         target = ["--port", str(bucket.port), "--storage-root", str(bucket.root), "--metadata", "*.json"]
-        pairs = rig.pairs(part, rig.plan.throughput_pairs, target, work)
+        pairs = rig.pairs(part, f"{name}: ", rig.plan.throughput_pairs, target, work)
     rates = [(off.requests_per_s, on.requests_per_s) for off, on in pairs]
     server = [(off.server_us, on.server_us) for off, on in pairs]
     part.add(f"{name}: requests per second", "on/off", ratios(rates))

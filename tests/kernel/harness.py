@@ -185,9 +185,6 @@ class Agent:
         assert now["finished"] - before["finished"] == count, changes
         assert len(found) == count, changes
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ends it and returns its exit code."""
         if self.process.poll() is None:

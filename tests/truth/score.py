@@ -3,10 +3,21 @@
 
     python tests/truth/score.py --records records.jsonl --truth truth.jsonl --client client.jsonl
 
-All three are JSON lines, joined by `request_id`. A request's true life ends with the server's last send. It begins, as the
-catalog has it, when the connection was established (the client's connect(2) returned) for the first request of a
-connection, and when its first byte could be read (the client was about to send it) for the others; all clocks are the
-host's CLOCK_MONOTONIC. What a client did not time (curl) is left out of that comparison.
+All three are JSON lines, joined by `request_id`; all times are the host's CLOCK_MONOTONIC. What a client did not time (curl)
+is left out where durations are compared.
+
+The true end is when the last byte of the answer was with the server's kernel. Nobody stamps that moment itself, but three
+stamps can only come after it, so that the earliest of them is nearest: the server's clock after its last send (`end_ns`; late
+where its thread then waited for the interpreter lock or a CPU), the client's kernel when the last segment arrived (`rx_ns`;
+late where the answer's tail still lay in the server's send buffer because the client read slowly), and the client's clock
+after its last read (`done_ns`).
+
+The true start is when the first byte became readable. The client's kernel stamps the segment with it as it leaves for the
+loopback device (`tx_ns`), which delivers it there and then; without that stamp it lies between the clocks before and after
+the client's call. The first request of a connection begins with the connection if its first byte was there when the server
+accepted, and else like any other. The server's own stamp after accept(2) is late like all of its stamps: where it lies after
+the sending, both starts are possible, the connection's known only to lie within connect(2). An error is the distance to the
+nearest possible truth; how many truths are not a point, and how wide they are, is part of the result.
 """
 
 from __future__ import annotations
@@ -17,6 +28,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +40,27 @@ Line = Mapping[str, Any]
 Score = dict[str, float | int | None]
 
 COUNTERS = ("opens", "write_calls", "write_bytes", "read_calls", "read_bytes", "syncs", "renames")
+
+#: What this project promises: no more than this of each number.
+GOALS = {
+    "missing": 0,
+    "duplicated": 0,
+    "invented": 0,
+    "status_wrong": 0,
+    "method_wrong": 0,
+    "outcome_wrong": 0,
+    "bytes_in_wrong": 0,
+    "bytes_out_wrong": 0,
+    "client_disagrees": 0,
+    "with_lost_events": 0,
+    "write_wrong_bytes": 0,
+    "write_unattributed_bytes": 0,
+    "read_wrong_bytes": 0,
+    "read_unattributed_bytes": 0,
+    "duration_error_p50": 0.02,
+    "duration_error_p99": 0.05,
+    "phase_sum_error_max": 0.001,
+}
 
 #: Which of the server's steps belong to which phase of a record: the catalog counts open(2) and rename(2) as storage_write.
 STEPS = {
@@ -71,6 +104,7 @@ def score(records: Iterable[Line], truth: Iterable[Line], client: Iterable[Line]
         **file_scores(pairs),
         **label_scores(pairs),
         **duration_scores(pairs),
+        **phase_sum_scores(pairs),
         **step_scores(pairs),
     }
 
@@ -147,30 +181,70 @@ def label_scores(pairs: Sequence[Pair]) -> Score:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Life:
+    """When a request began and ended, as recorded and in truth; `start_ns` is the possible one that is nearest to the record's.
+
+    `uncertain_ns`: how far apart the possible starts are. `told_by`: whose stamp the end is. `stamped`: by the kernel, both.
+    """
+
+    record: Line
+    start_ns: int
+    end_ns: int
+    uncertain_ns: int
+    told_by: str
+    stamped: bool
+
+    @property
+    def error_ns(self) -> int:
+        return abs(duration_ns(self.record) - self.duration_ns)
+
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+
+def life(record: Line, line: Line, seen: Line) -> Life:
+    ends = [("server", line["end_ns"]), ("arrival", seen["rx_ns"]), ("client", seen["done_ns"])]
+    told_by, end_ns = min(((name, ns) for name, ns in ends if ns is not None), key=lambda end: end[1])
+    windows = start_windows(line, seen)
+    start_ns = min((clamp(record["start_ns"], low, high) for low, high in windows), key=lambda ns: abs(record["start_ns"] - ns))
+    uncertain_ns = max(high for _, high in windows) - min(low for low, _ in windows)
+    return Life(record, start_ns, end_ns, uncertain_ns, told_by, None not in (seen["tx_ns"], seen["rx_ns"]))
+
+
+def start_windows(line: Line, seen: Line) -> list[tuple[int, int]]:
+    """Where the true start can lie: from, to."""
+    sent = (seen["send_ns"], seen["sent_ns"]) if seen["tx_ns"] is None else (seen["tx_ns"], seen["tx_ns"])
+    if seen["connect_ns"] is None or line["accept_ns"] < sent[0]:
+        return [sent]
+    return [(seen["connect_ns"], seen["connected_ns"]), sent]
+
+
+def clamp(value: int, low: int, high: int) -> int:
+    return max(low, min(high, value))
+
+
 def duration_scores(pairs: Sequence[Pair]) -> Score:
-    """Errors of the records' durations, relative to the true ones (0.01 is 1 %), from three notions of the beginning."""
-
-    def from_first_byte(seen: Line | None) -> int | None:
-        return None if seen is None else seen["send_ns"]
-
-    def from_readable(seen: Line | None) -> int | None:
-        return None if seen is None else (seen["connected_ns"] or seen["send_ns"])
-
-    lives = [(duration_ns(record), line["end_ns"] - start, line) for record, line, seen in pairs if (start := from_readable(seen))]
-    sums = [(sum(record["phases"].values()) * 1e6, duration_ns(record)) for record, _, _ in pairs]
+    """Errors of the records' durations, relative to the true ones (0.01 is 1 %) and in us; and what the truth is worth."""
+    lives = [life(record, line, seen) for record, line, seen in pairs if seen is not None and seen["send_ns"] is not None]
+    uncertain = [one.uncertain_ns / 1000 for one in lives if one.uncertain_ns]
     return {
         "durations": len(lives),
-        **spread("duration_error", [relative(recorded, true) for recorded, true, _ in lives]),
-        **spread("duration_error_us", [abs(recorded - true) / 1000 for recorded, true, _ in lives]),
-        **spread(
-            "duration_error_from_send",
-            [relative(duration_ns(record), line["end_ns"] - start) for record, line, seen in pairs if (start := from_first_byte(seen))],
-        ),
-        **spread(
-            "duration_error_from_recv", [relative(duration_ns(record), line["end_ns"] - line["begin_ns"]) for record, line, _ in pairs]
-        ),
-        "phase_sum_error_max": max((relative(total, duration) for total, duration in sums), default=None),
+        **spread("duration_error", [one.error_ns / one.duration_ns for one in lives]),
+        **spread("duration_error_us", [one.error_ns / 1000 for one in lives]),
+        **spread("start_error_us", [abs(one.record["start_ns"] - one.start_ns) / 1000 for one in lives]),
+        **spread("end_error_us", [abs(one.record["end_ns"] - one.end_ns) / 1000 for one in lives]),
+        "true_starts_uncertain": len(uncertain),
+        **spread("true_start_window_us", uncertain),
+        "true_times_not_from_kernel": sum(not one.stamped for one in lives),
+        **{f"true_ends_told_by_{name}": sum(one.told_by == name for one in lives) for name in ("server", "arrival", "client")},
     }
+
+
+def phase_sum_scores(pairs: Sequence[Pair]) -> Score:
+    sums = [(sum(record["phases"].values()) * 1e6, duration_ns(record)) for record, _, _ in pairs]
+    return {"phase_sum_error_max": max((relative(total, duration) for total, duration in sums), default=None)}
 
 
 def duration_ns(record: Line) -> int:
@@ -187,6 +261,15 @@ def step_scores(pairs: Sequence[Pair]) -> Score:
         scores[f"{phase}_recorded_ms"] = recorded_ms
         scores[f"{phase}_ratio"] = recorded_ms / true_ms if true_ms else None
     return scores
+
+
+def shortfalls(scores: Score) -> list[str]:
+    """A line for each goal that was not reached; a number that is not there does not reach it."""
+    return [
+        f"{name.replace('_', ' ')}: {number_text(name, scores[name])}, and at most {number_text(name, goal)} is promised"
+        for name, goal in GOALS.items()
+        if (value := scores[name]) is None or value > goal
+    ]
 
 
 def percent(part: float, whole: float) -> float | None:

@@ -148,7 +148,6 @@ def test_which_specs_ask_on_exec() -> None:
         ("[agent]\nmax_connections = 0", 2, "from 64"),
         ('[agent]\nrun_dir = "run"', 2, "an absolute path"),
         ('[agent]\nrecords = ""', 2, "a file name"),
-        ("[agent]\nlog_format = []", 2, "'text' or 'json'"),
         ('[agent]\n"user" = 1', 2, "unprivileged user"),
         ("[target]\nports = [1", None, "not valid TOML"),
         ("[target]\nports = 1 2", 2, "not valid TOML"),
