@@ -187,8 +187,9 @@ class Tracker:
         if work is None:
             if event.rid:
                 self.lost["late_file"] += 1
-            if generation.kind == "storage":
-                self._untied.append((event.tgid, event.first_ns, event.last_ns, event.write_bytes + event.read_bytes))
+            size = event.write_bytes + event.read_bytes
+            if generation.kind == "storage" and size:
+                self._untied.append((event.tgid, event.first_ns, event.last_ns, size))
             return
         work.touched = True
         files = work.files(generation.kind)
