@@ -244,7 +244,7 @@ MAPS: tuple[Map, ...] = (
     Map("config", ARRAY, 4, 8, 16),
     Map("ports", HASH, 4, 4, 256),
     Map("threads", HASH, 4, "struct thread", 16_384),
-    Map("conns", HASH, 8, "struct conn", 8_192),
+    Map("conns", HASH, 8, "struct conn", 4_096),
     Map("fds", HASH, 8, "struct fd", 65_536),
     Map("work", HASH, 16, "struct work", 16_384),
     Map("parents", HASH, 4, 4, 16_384),

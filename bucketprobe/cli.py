@@ -62,7 +62,7 @@ def agent_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--records", metavar="PATH|-", help="Write one JSON object per finished request there; - is standard output."),
         click.option("--user", metavar="NAME", help="Whom the agent becomes once it is attached. [nobody]"),
         click.option("--ring-bytes", type=int, metavar="N", help="Size of the event ring, a power of two. [1048576]"),
-        click.option("--max-connections", type=int, metavar="N", help="Connections followed at once. [8192]"),
+        click.option("--max-connections", type=int, metavar="N", help="Connections followed at once. [4096]"),
         click.option("--head-bytes", type=int, metavar="N", help="How much of a request's head is captured. [8192]"),
         click.option("--environment", metavar="TEXT", help="Value of the tag environment."),
         click.option("--region", metavar="TEXT", help="Value of the tag region."),

@@ -103,7 +103,7 @@ class Settings:
     cache_dir: str = "/var/cache/bucketprobe"
     user: str = "nobody"
     ring_bytes: int = 1_048_576
-    max_connections: int = 8192
+    max_connections: int = 4096
     head_bytes: int = 8192
 
     def as_dict(self) -> dict[str, dict[str, Any]]:

@@ -43,7 +43,7 @@ static __u64 (*ring_query)(void *ring, __u64 what) = (void *)134;
 		(x) &= (mask);                 \
 	} while (0)
 
-#define PIPELINE 8 /* requests that one connection may have outstanding */
+#define PIPELINE 16 /* requests that one connection may have outstanding */
 #define THREAD_FILES 8
 #define VECTORS 16
 

@@ -14,7 +14,8 @@ after its last read (`done_ns`).
 
 The true start is when the first byte became readable. The client's kernel stamps the segment with it as it leaves for the
 loopback device (`tx_ns`), which delivers it there and then; without that stamp it lies between the clocks before and after
-the client's call. The first request of a connection begins with the connection if its first byte was there when the server
+the client's call. (The kernel stamps in wall time; stamps that do not lie between the client's own are not used, since
+somebody then set that clock.) The first request of a connection begins with the connection if its first byte was there when the server
 accepted, and else like any other. The server's own stamp after accept(2) is late like all of its stamps: where it lies after
 the sending, both starts are possible, the connection's known only to lie within connect(2). An error is the distance to the
 nearest possible truth; how many truths are not a point, and how wide they are, is part of the result.
@@ -185,7 +186,7 @@ def label_scores(pairs: Sequence[Pair]) -> Score:
 class Life:
     """When a request began and ended, as recorded and in truth; `start_ns` is the possible one that is nearest to the record's.
 
-    `uncertain_ns`: how far apart the possible starts are. `told_by`: whose stamp the end is. `stamped`: by the kernel, both.
+    `uncertain_ns`: how far apart the possible starts are. `told_by`: whose stamp the end is. `stamped`: the kernel's were used.
     """
 
     record: Line
@@ -196,29 +197,26 @@ class Life:
     stamped: bool
 
     @property
-    def error_ns(self) -> int:
-        return abs(duration_ns(self.record) - self.duration_ns)
-
-    @property
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
 
 
 def life(record: Line, line: Line, seen: Line) -> Life:
-    ends = [("server", line["end_ns"]), ("arrival", seen["rx_ns"]), ("client", seen["done_ns"])]
-    told_by, end_ns = min(((name, ns) for name, ns in ends if ns is not None), key=lambda end: end[1])
-    windows = start_windows(line, seen)
-    start_ns = min((clamp(record["start_ns"], low, high) for low, high in windows), key=lambda ns: abs(record["start_ns"] - ns))
+    stamped = are_ordered(seen["send_ns"], seen["tx_ns"], seen["rx_ns"], seen["done_ns"])
+    ends = {"server": line["end_ns"], "client": seen["done_ns"], **({"arrival": seen["rx_ns"]} if stamped else {})}
+    told_by, end_ns = min(ends.items(), key=lambda end: end[1])
+    sent = (seen["tx_ns"], seen["tx_ns"]) if stamped else (seen["send_ns"], seen["sent_ns"])
+    windows = [sent]
+    if seen["connect_ns"] is not None and line["accept_ns"] >= sent[0]:
+        windows.append((seen["connect_ns"], seen["connected_ns"]))
+    nearest = min((clamp(record["start_ns"], *window) for window in windows), key=lambda ns: abs(record["start_ns"] - ns))
     uncertain_ns = max(high for _, high in windows) - min(low for low, _ in windows)
-    return Life(record, start_ns, end_ns, uncertain_ns, told_by, None not in (seen["tx_ns"], seen["rx_ns"]))
+    return Life(record, nearest, end_ns, uncertain_ns, told_by, stamped)
 
 
-def start_windows(line: Line, seen: Line) -> list[tuple[int, int]]:
-    """Where the true start can lie: from, to."""
-    sent = (seen["send_ns"], seen["sent_ns"]) if seen["tx_ns"] is None else (seen["tx_ns"], seen["tx_ns"])
-    if seen["connect_ns"] is None or line["accept_ns"] < sent[0]:
-        return [sent]
-    return [(seen["connect_ns"], seen["connected_ns"]), sent]
+def are_ordered(*stamps: int | None) -> bool:
+    known = [stamp for stamp in stamps if stamp is not None]
+    return len(known) == len(stamps) and known == sorted(known)
 
 
 def clamp(value: int, low: int, high: int) -> int:
@@ -231,8 +229,8 @@ def duration_scores(pairs: Sequence[Pair]) -> Score:
     uncertain = [one.uncertain_ns / 1000 for one in lives if one.uncertain_ns]
     return {
         "durations": len(lives),
-        **spread("duration_error", [one.error_ns / one.duration_ns for one in lives]),
-        **spread("duration_error_us", [one.error_ns / 1000 for one in lives]),
+        **spread("duration_error", [relative(duration_ns(one.record), one.duration_ns) for one in lives]),
+        **spread("duration_error_us", [abs(duration_ns(one.record) - one.duration_ns) / 1000 for one in lives]),
         **spread("start_error_us", [abs(one.record["start_ns"] - one.start_ns) / 1000 for one in lives]),
         **spread("end_error_us", [abs(one.record["end_ns"] - one.end_ns) / 1000 for one in lives]),
         "true_starts_uncertain": len(uncertain),
@@ -277,7 +275,7 @@ def percent(part: float, whole: float) -> float | None:
 
 
 def relative(recorded: float, true: float) -> float:
-    return abs(recorded - true) / true if true else math.inf
+    return abs(recorded - true) / true if true > 0 else math.inf
 
 
 def spread(name: str, values: Sequence[float]) -> Score:
