@@ -107,34 +107,45 @@ def array_values(fd: int, entries: int, value_size: int) -> bytes:
     return values.raw
 
 
-def program_load(code: bytes, name: str, log_bytes: int = 0) -> int:
+_LOG_STATS = 4
+_LOG_BYTES = 65_536
+
+
+def program_load(code: bytes, name: str) -> int:
     """Loads a raw tracepoint program and returns its descriptor.
 
-    Raises OSError; with `log_bytes` its `strerror` ends in the verifier's last lines.
+    Raises OSError; where the verifier refused, its `strerror` ends in the reason.
     """
     instructions = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(b"GPL")
-    log = ctypes.create_string_buffer(log_bytes or 1)
-    attribute = struct.pack(
-        "=IIQQIIQII16s",
-        PROG_TYPE_RAW_TRACEPOINT,
-        len(code) // 8,
-        _address(instructions),
-        _address(licence),
-        1 if log_bytes else 0,
-        log_bytes,
-        _address(log) if log_bytes else 0,
-        0,
-        0,
-        name.encode()[:15],
-    )
-    try:
+
+    def load(log: ctypes.Array[ctypes.c_char] | None) -> int:
+        attribute = struct.pack(
+            "=IIQQIIQII16s",
+            PROG_TYPE_RAW_TRACEPOINT,
+            len(code) // 8,
+            _address(instructions),
+            _address(licence),
+            _LOG_STATS if log else 0,
+            _LOG_BYTES if log else 0,
+            _address(log) if log else 0,
+            0,
+            0,
+            name.encode()[:15],
+        )
         return _bpf(_PROG_LOAD, attribute)
+
+    try:
+        return load(None)
     except OSError as error:
-        if not log_bytes:
+        if error.errno == errno.EPERM:
             raise
-        text = log.value.decode(errors="replace").strip()
-        raise OSError(error.errno, f"{error.strerror}: {text[-2000:]}") from None
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    try:
+        return load(log)
+    except OSError as error:
+        reason = " / ".join(log.value.decode(errors="replace").split("\n")[:2])
+        raise OSError(error.errno, f"{error.strerror}: {name}: {reason}") from None
 
 
 def raw_tracepoint_open(name: str, program: int) -> int:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from bucketprobe import __version__
 from bucketprobe.abi import Kind as EventKind
 from bucketprobe.abi import Stat
-from bucketprobe.model import OUTCOMES, PHASES
+from bucketprobe.model import OUTCOMES, PHASES, TRACKER_LOSSES
 
 Kind = Literal["counter", "histogram", "gauge"]
 
@@ -152,6 +152,8 @@ CAPABILITY_SETS = ("effective", "permitted", "inheritable", "bounding", "ambient
 #: are those of exporters/jsonl.py.
 LOSSES: tuple[tuple[str, str], ...] = (
     *(("kernel", stat.name.lower()) for stat in Stat if stat >= Stat.RING_HEAD),
+    ("decode", "undecodable"),
+    *(("tracker", cause) for cause in TRACKER_LOSSES),
     ("jsonl", "backlog"),
     ("jsonl", "no_space"),
     ("jsonl", "io_error"),

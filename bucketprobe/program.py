@@ -8,16 +8,19 @@ that are replaced at load.
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import resource
 import struct
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -201,11 +204,8 @@ def _load_programs(codes: Mapping[str, bytes]) -> dict[str, int]:
             name, code = waiting.pop()
             try:
                 loaded[name] = bpf.program_load(code, name)
-            except OSError:
-                try:
-                    loaded[name] = bpf.program_load(code, name, log_bytes=1 << 20)  # once more, for the verifier's reason
-                except OSError as error:
-                    failed.append(error)
+            except OSError as error:
+                failed.append(error)
 
     helper = threading.Thread(target=work)
     helper.start()
@@ -224,6 +224,8 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
     Raises EnvironmentLack where the kernel refuses.
     """
     loaded = Loaded()
+    with suppress(OSError, ValueError):  # Linux before 5.11 charges maps against it; later ones do not ask
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     try:
         loaded.maps = create_maps(programs, sizes)
         ready = {name: relocated(code, loaded.maps, offsets) for name, code in programs.items() if not name.startswith("size_")}
@@ -243,12 +245,10 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
                 if tracepoint in REQUIRED_TRACEPOINTS:
                     raise EnvironmentLack(f"This kernel has no tracepoint {tracepoint}: run Linux 5.8 or later.") from None
                 loaded.missing.append(tracepoint)
-    except PermissionError as error:
-        loaded.close()
-        raise EnvironmentLack(f"The kernel refused the probes ({error.strerror}): run as root, with CAP_BPF and CAP_PERFMON.") from None
     except OSError as error:
         loaded.close()
-        raise EnvironmentLack(f"The kernel refused the probes ({error}): run `bucketprobe doctor`.") from None
+        remedy = "run as root, with CAP_BPF and CAP_PERFMON" if error.errno == errno.EPERM else "run `bucketprobe doctor`"
+        raise EnvironmentLack(f"The kernel refused the probes ({error.strerror}): {remedy}.") from None
     except BaseException:
         loaded.close()
         raise

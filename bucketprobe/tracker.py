@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from bucketprobe import abi, http1, route
-from bucketprobe.model import OUTCOMES, PHASES, Attribution, FileWork, Request
+from bucketprobe.model import OUTCOMES, PHASES, TRACKER_LOSSES, Attribution, FileWork, Request
 
 FileClass = Literal["storage", "metadata", "other"]
 
 AT_FDCWD = -100
 O_DSYNC = 0o10000
+#: How many requests' heads may be incomplete at once: more come from a scanner or an attack than from clients.
+MAX_PARTIAL_HEADS = 256
 #: What may be kept of unfinished requests, open files and directories.
 MAX_REQUESTS = 4_096
 MAX_GENERATIONS = 65_536
@@ -82,13 +84,14 @@ class Tracker:
         self._path_of = path_of
         self._sink = sink
         self._requests: OrderedDict[int, _Work] = OrderedDict()
+        self._partial: OrderedDict[int, bytes] = OrderedDict()
         self._generations: OrderedDict[int, _Generation] = OrderedDict()
         self._directories: OrderedDict[tuple[int, int], str] = OrderedDict()
         self._cwd: dict[int, str] = {}
         self._untied: deque[tuple[int, int, int, int]] = deque(maxlen=MAX_UNTIED)
         self._aborted: deque[Any] = deque()
         self.records = 0
-        self.lost = {"evicted": 0, "malformed_head": 0, "late_file": 0, "no_head": 0}
+        self.lost = dict.fromkeys(TRACKER_LOSSES, 0)
         self._handlers: dict[int, Callable[[Any], None]] = {
             _KIND.HEAD: self._head,
             _KIND.END: self._end,
@@ -153,12 +156,19 @@ class Tracker:
         return os.path.normpath(os.path.join(base, path)) if base else path
 
     def _head(self, event: Any) -> None:
-        work = self._work(event.rid)
         piece = event.data[: event.n]
-        if event.what == abi.Direction.REQUEST:
-            work.request_head += piece
-        else:
-            work.response_head += piece
+        if event.what == abi.Direction.RESPONSE:
+            self._work(event.rid).response_head += piece
+            return
+        # A request begins when its head is complete; of one that never does, no end will tell.
+        head = self._partial.pop(event.rid, b"") + piece
+        if event.last:
+            self._work(event.rid).request_head = head
+            return
+        self._partial[event.rid] = head
+        if len(self._partial) > MAX_PARTIAL_HEADS:
+            self._partial.popitem(last=False)
+            self.lost["partial_head"] += 1
 
     def _open(self, event: Any) -> None:
         path = self._resolve(event.tgid, event.dirfd, event.data[: event.n])

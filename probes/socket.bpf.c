@@ -369,7 +369,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	struct thread *t;
 	struct conn *c;
 	struct http1 *d;
-	struct slot *s;
+	struct slot *s, *front;
 	int result;
 
 	if (!x || x->offset >= x->total)
@@ -423,7 +423,14 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 		lose(c, dir, ST_HEAD_MALFORMED);
 		return 0;
 	}
-	if (d->head - used < config(CFG_HEAD_BYTES)) {
+	if (!dir && result == HTTP1_MORE && d->state == HTTP1_TOKEN && !d->line) {
+		http1_next(d); /* nothing but empty lines so far, such as follow an old client's POST: no request yet */
+		slot_free(s);
+		goto more;
+	}
+	if (d->head - used >= config(CFG_HEAD_BYTES))
+		used = 0; /* enough of it has been sent */
+	if (used || result == HTTP1_DONE) {
 		struct bp_head_event *e = &x->head.e;
 		__u32 size = used;
 
@@ -449,15 +456,14 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 			s->flags |= RF_PIPELINED;
 		stat_add(ST_BEGUN, 1);
 		t = thread();
-		s = current(c);
-		if (t && s)
-			bind(t, sk, c, s);
+		front = current(c);
+		if (t && front)
+			bind(t, sk, c, front);
 	} else if (d->status < 200) {
 		if (d->status == 101) {
 			stat_add(ST_UPGRADES, 1);
 			c->dir[0].mode = HTTP1_LOST;
-			tail_call(ctx, MAP(HANDLERS), H_FINISH);
-			return 0;
+			goto finish;
 		}
 		stat_add(ST_INTERIM_RESPONSES, 1);
 		http1_next(d);
@@ -465,22 +471,24 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	} else if (s->method == METHOD_CONNECT && d->status < 300) {
 		stat_add(ST_UPGRADES, 1);
 		c->dir[0].mode = HTTP1_LOST;
-		tail_call(ctx, MAP(HANDLERS), H_FINISH);
-		return 0;
+		goto finish;
 	}
 	if (http1_body(d, dir && s->method == METHOD_HEAD))
 		goto more;
 complete:
-	if (dir) {
-		tail_call(ctx, MAP(HANDLERS), H_FINISH);
-		return 0;
-	}
+	if (dir)
+		goto finish;
 	received(c, receiving(c));
 more:
+	if (x->offset >= x->total)
+		return 0;
 	tail_call(ctx, MAP(HANDLERS), H_FRAME);
-	/* The kernel allows 33 in a row: a longer head or more messages in one call cannot be followed. */
-	if (x->offset < x->total)
-		lose(c, dir, ST_HEAD_UNREADABLE);
+	/* The kernel allows 33 in a row: a longer head, or more messages in one call, cannot be followed. */
+	lose(c, dir, ST_HEAD_UNREADABLE);
+	return 0;
+finish:
+	tail_call(ctx, MAP(HANDLERS), H_FINISH);
+	lose(c, dir, ST_HEAD_UNREADABLE);
 	return 0;
 }
 
@@ -532,15 +540,18 @@ int on_chunk(struct bpf_raw_tracepoint_args *ctx)
 		if (result == HTTP1_DONE) {
 			if (dir) {
 				tail_call(ctx, MAP(HANDLERS), H_FINISH);
-				return 0;
+			} else {
+				received(c, receiving(c));
+				if (x->offset >= x->total)
+					return 0;
+				tail_call(ctx, MAP(HANDLERS), H_FRAME);
 			}
-			received(c, receiving(c));
-			tail_call(ctx, MAP(HANDLERS), H_FRAME);
+			lose(c, dir, ST_CHUNK_TOO_MANY);
 			return 0;
 		}
 	}
 	tail_call(ctx, MAP(HANDLERS), H_CHUNK);
-	lose(c, dir, ST_CHUNK_TOO_MANY);
+	lose(c, dir, ST_CHUNK_TOO_MANY); /* the kernel allows 33 in a row */
 	return 0;
 }
 
@@ -568,37 +579,62 @@ int on_finish(struct bpf_raw_tracepoint_args *ctx)
 	if (s->rx_complete)
 		slot_free(s);
 	c->tx_seq++;
-	c->dir[1].status = 0;
 	http1_next(&c->dir[1]);
 	s = current(c);
 	if (s && s->begun)
 		bind(t, sk, c, s); /* the next one came in the same read: no other call will tell */
 	else if (c->dir[0].mode == HTTP1_LOST)
 		c->dir[1].mode = HTTP1_LOST; /* another protocol from here on */
-	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	if (x->offset < x->total) {
+		tail_call(ctx, MAP(HANDLERS), H_FRAME);
+		lose(c, 1, ST_HEAD_UNREADABLE);
+	}
 	return 0;
 }
 
-/* Ends what is unfinished on a connection that goes away. */
-INLINE void abandon(struct conn *c, __u32 outcome, __u64 now)
+/*
+ * Ends what is unfinished on a connection that goes away, as c->outcome and c->end_ns say; only the request at its front can be
+ * complete by that. They are read from memory in each round, so that the verifier walks one round, not each of them.
+ */
+INLINE void abandon(volatile struct conn *v)
 {
-	struct slot *s;
+	struct conn *c = (struct conn *)v;
+	struct slot *s = answering(c);
+	struct thread *t = thread(); /* of the server, if it is what closes; in softirq, of whoever was interrupted */
 	__u32 i;
 
 	if (c->dir[0].head && c->dir[0].mode == HTTP1_HEAD)
 		stat_add(ST_HEAD_INCOMPLETE, 1);
+	http1_next(&c->dir[0]);
+	if (t && (!t->rid || t->rid != s->rid))
+		t = 0;
+	if (t)
+		work_flush(t);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PIPELINE; i++) {
 		s = answering(c);
 		if (!s->rid)
 			break;
 		if (s->begun && !s->ended)
-			end_emit(c, s, 0, outcome, now);
+			end_emit(c, s, t, v->outcome, v->end_ns);
+		if (v->outcome == END_COMPLETE)
+			v->outcome = END_CLIENT_CLOSED;
 		slot_free(s);
 		c->tx_seq++;
 		http1_next(&c->dir[1]);
-		c->dir[1].status = 0;
 	}
+	if (t)
+		t->rid = 0;
+}
+
+/* A passive open is done: a connection, if it is to a port that a target serves. */
+INLINE int established(__u64 sk, __u64 now)
+{
+	__u32 port = kernel_short(sk + OFF_SOCK_NUM);
+
+	if (map_lookup(MAP(PORTS), &port) && conn_new(sk, 0, now, 0))
+		stat_add(ST_QUEUED, 1);
+	return 0;
 }
 
 /* sock:inet_sock_set_state(sk, old, new): a connection's life, whoever holds descriptors of it. In any context. */
@@ -606,8 +642,8 @@ int sock_state(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 sk = ctx->args[0], now = ktime_ns();
 	__u32 old = ctx->args[1], new = ctx->args[2], port, *served;
-	struct conn *c;
-	struct slot *s;
+	struct conn *c = map_lookup(MAP(CONNS), &sk);
+	__u32 gone = new == TCP_CLOSE;
 
 	if (new == TCP_LISTEN) {
 		__u32 tgid = pid_tgid() >> 32, value;
@@ -624,51 +660,35 @@ int sock_state(struct bpf_raw_tracepoint_args *ctx)
 		emit_process(PR_LISTEN, tgid, port);
 		return 0;
 	}
-	if (new == TCP_ESTABLISHED) {
-		if (old != TCP_SYN_RECV)
-			return 0;
-		port = kernel_short(sk + OFF_SOCK_NUM);
-		if (!map_lookup(MAP(PORTS), &port))
-			return 0;
-		c = map_lookup(MAP(CONNS), &sk);
-		if (c) {
-			stat_add(ST_CONNECTION_REPLACED, 1);
-			abandon(c, END_UNOBSERVED, now);
-			if (c->established_ns && !c->accept_ns)
-				stat_add(ST_DEQUEUED, 1);
-			map_delete(MAP(CONNS), &sk);
-		}
-		if (conn_new(sk, 0, now, 0))
-			stat_add(ST_QUEUED, 1);
-		return 0;
-	}
-	c = map_lookup(MAP(CONNS), &sk);
 	if (!c)
-		return 0;
+		return new == TCP_ESTABLISHED && old == TCP_SYN_RECV ? established(sk, now) : 0;
 	if (new == TCP_CLOSE_WAIT) {
 		c->peer_fin = 1;
 		return 0;
 	}
-	if (new != TCP_FIN_WAIT1 && new != TCP_LAST_ACK && new != TCP_CLOSE)
+	c->end_ns = now;
+	if (new == TCP_ESTABLISHED) {
+		stat_add(ST_CONNECTION_REPLACED, 1); /* the socket's memory is another connection's, and its close was not seen */
+		c->outcome = END_UNOBSERVED;
+		gone = 1;
+	} else if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK || new == TCP_CLOSE) {
+		/* Half a response on a connection whose framing was lost is not known to be incomplete. */
+		c->outcome = c->dir[1].mode == HTTP1_LOST ? END_UNOBSERVED : c->reset || c->peer_fin ? END_CLIENT_CLOSED : END_SERVER_CLOSED;
+		if (c->dir[1].mode == HTTP1_UNTIL_CLOSE && !c->reset) {
+			c->outcome = END_COMPLETE; /* the close is the end of such a response */
+			c->end_ns = c->last_tx_ns;
+		}
+	} else {
 		return 0;
-	s = answering(c);
-	if (s->rid && !s->ended && s->begun && c->dir[1].mode == HTTP1_UNTIL_CLOSE && !c->reset) {
-		end_emit(c, s, 0, END_COMPLETE, c->last_tx_ns); /* the close is the end of such a response */
-		s->ended = 1;
-		slot_free(s);
-		c->tx_seq++;
-		http1_next(&c->dir[1]);
-		c->dir[1].status = 0;
 	}
-	/* Half a response seen on a connection whose framing was lost is not known to be incomplete. */
-	abandon(c, c->dir[1].mode == HTTP1_LOST ? END_UNOBSERVED : c->reset || c->peer_fin ? END_CLIENT_CLOSED : END_SERVER_CLOSED, now);
-	if (new == TCP_CLOSE) {
-		stat_add(ST_CONNECTIONS_CLOSED, 1);
-		if (c->established_ns && !c->accept_ns)
-			stat_add(ST_DEQUEUED, 1);
-		map_delete(MAP(CONNS), &sk);
-	}
-	return 0;
+	abandon(c);
+	if (!gone)
+		return 0;
+	stat_add(ST_CONNECTIONS_CLOSED, 1);
+	if (c->established_ns && !c->accept_ns)
+		stat_add(ST_DEQUEUED, 1);
+	map_delete(MAP(CONNS), &sk);
+	return new == TCP_ESTABLISHED ? established(sk, now) : 0;
 }
 
 /* tcp:tcp_receive_reset(sk): the peer broke the connection off */

@@ -38,7 +38,6 @@ struct http1_step {
 enum http1_flags {
 	HTTP1_HAS_LENGTH = 1,
 	HTTP1_CHUNKED = 2,
-	HTTP1_BAD = 4, /* a length that is no number */
 };
 
 /* Where in a head: those from HTTP1_NUMBER on count digits. */
@@ -56,12 +55,16 @@ struct http1 {
 	__u64 left;   /* bytes still to come of a body or chunk */
 	__u64 entity; /* entity bytes of the current message so far, framing taken off */
 	__u64 hash;   /* of the current line so far */
-	__u64 tail;   /* the line's last eight bytes that are no blanks, lower case */
+	__u64 tail;   /* the last eight bytes, no blanks, of the line or of what follows its last comma, lower case */
 	__u64 first;  /* the end of the first word, lower case: method or version */
 	__u64 value;  /* number so far */
 	__u64 length; /* Content-Length */
 	__u32 head;   /* bytes of the current head so far */
 	__u32 line;   /* bytes of the current line so far, line end not counted */
+	__u32 bad;    /* not 0: a length that is no number, or two that differ */
+	__u32 digits; /* all ones once the number has a digit */
+	__u32 over;   /* all ones once a blank follows its digits */
+	__u32 sized;  /* all ones once there is a length */
 	__u16 status; /* of the response */
 	__u8 mode, state, flags;
 	__u8 response; /* 1 in the direction of the responses */
@@ -86,11 +89,16 @@ static inline __attribute__((always_inline)) void http1_next(struct http1 *d)
 	d->head = 0;
 	d->line = 0;
 	d->value = 0;
+	d->bad = 0;
+	d->digits = 0;
+	d->over = 0;
+	d->sized = 0;
 	d->tail = 0;
 	d->first = 0;
 	d->length = 0;
 	d->entity = 0;
 	d->left = 0;
+	d->status = 0;
 	d->hash = HTTP1_SEED;
 }
 
@@ -115,6 +123,7 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 #pragma clang loop unroll(disable)
 	for (i = 0; i < HTTP1_WINDOW; i++) {
 		__u32 c, low, ink;
+		__s32 comma;
 
 		if (i >= step->n)
 			break;
@@ -134,10 +143,14 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 				if (((d->response ? d->first : d->tail) >> 8 & HTTP1_SEVEN) != HTTP1_VERSION)
 					http1_stop(step, i + 1, HTTP1_MALFORMED);
 			} else if (state == HTTP1_NUMBER) {
+				/* Masks, not branches: the verifier walks each branch in every round. */
+				d->bad |= ~d->digits | (d->sized & ((d->length ^ d->value) | (d->length ^ d->value) >> 32));
+				d->sized = ~0U;
 				d->length = d->value;
 				d->flags |= HTTP1_HAS_LENGTH;
 			} else if (state == HTTP1_CODING) {
-				if ((d->tail & HTTP1_SEVEN) == HTTP1_LAST_CODING)
+				d->flags &= ~HTTP1_CHUNKED; /* of several lines the last one counts */
+				if (d->tail == HTTP1_LAST_CODING)
 					d->flags |= HTTP1_CHUNKED;
 			} else if (!d->line) {
 				http1_stop(step, i + 1, HTTP1_DONE);
@@ -151,21 +164,27 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 		ink = (__s32)(0x20 - c) >> 31; /* all ones, or 0 for a blank */
 		d->line++;
 		d->hash = HTTP1_STEP(d->hash, low);
-		d->tail = d->tail << (8 & ink) | (low & ink);
+		comma = (__s32)((c ^ ',') - 1) >> 31; /* all ones for a comma: of a list of codings the last one counts */
+		d->tail = (d->tail << (8 & ink) | (low & ink)) & ~(__s64)comma;
 		if (d->state >= HTTP1_NUMBER) {
 			if (c - '0' < 10) {
+				d->bad |= d->over | (d->value >> 60 & -(d->state & 1)); /* NUMBER is odd, SECOND even */
+				d->digits = ~0U;
 				d->value = d->value * 10 + (c - '0');
 			} else if (d->state == HTTP1_SECOND) {
 				if (d->value || ink) { /* else a second blank before it */
 					d->status = d->value;
 					d->state = HTTP1_REST;
 				}
-			} else if (ink) {
-				d->flags |= HTTP1_BAD;
+			} else {
+				d->bad |= ink;
+				d->over = d->digits;
 			}
 		} else if (d->state == HTTP1_NAME) {
 			if (c == ':') {
 				d->value = 0;
+				d->digits = 0;
+				d->over = 0;
 				d->tail = 0;
 				d->state = HTTP1_VALUE;
 				if (d->hash == HTTP1_CONTENT_LENGTH)
@@ -188,7 +207,7 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 /* Whether a complete head says how its message is framed: its length is a number and its status has three digits. */
 static inline __attribute__((always_inline)) int http1_usable(struct http1 *d)
 {
-	return !(d->flags & HTTP1_BAD) && (!d->response || d->status - 100U < 900);
+	return !d->bad && (!d->response || d->status - 100U < 900);
 }
 
 /*

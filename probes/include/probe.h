@@ -75,6 +75,8 @@ struct conn {
 	__u32 rx_seq, tx_seq; /* requests received whole, answered whole */
 	__u16 flags;          /* RF_OLD */
 	__u8 reset, peer_fin;
+	__u32 outcome; /* while it is being ended: of its requests, */
+	__u64 end_ns;  /* and since when */
 	struct http1 dir[2];
 	struct slot q[PIPELINE];
 };
@@ -469,7 +471,7 @@ INLINE void end_emit(struct conn *c, struct slot *s, struct thread *t, __u32 out
 	e.status = c->dir[1].status;
 	e.flags = s->flags | c->flags;
 	e.lost = s->lost;
-	e.framed = c->dir[0].mode != HTTP1_LOST;
+	e.framed = s->rx_complete || c->dir[0].mode != HTTP1_LOST;
 	if (t && t->rid == s->rid) {
 		e.runqueue_ns = t->runqueue_ns;
 		e.lost += t->lost;

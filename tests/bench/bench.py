@@ -101,8 +101,8 @@ def bench(plan: Plan, options: argparse.Namespace) -> int:
     def progress(text: str) -> None:
         print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True)
 
-    privileges.require_root_caps()
     check_store(options.store)
+    privileges.require_root_caps()
     host = describe(ROOT)
     with tempfile.TemporaryDirectory(prefix="bucketprobe-bench-") as room, tempfile.TemporaryDirectory(dir=options.store) as store:
         rig = Rig(Path(room), Path(store).resolve(), plan, progress)

@@ -58,14 +58,15 @@ class Figure:
 class Part:
     """The figures of one part of the bench, and in `note` under which conditions they were taken.
 
-    `discarded`: pairs that were measured again because another program on the host traced system calls meanwhile.
-    `error`: why the part has no figures.
+    `disturbed`: how many of its `pairs` were measured while another program on the host traced system calls, too. `error`: why
+    the part has no figures.
     """
 
     name: str
     note: str = ""
     figures: list[Figure] = field(default_factory=list)
-    discarded: int = 0
+    pairs: int = 0
+    disturbed: int = 0
     error: str | None = None
 
     def add(self, name: str, unit: str, samples: Sequence[float], goal: float | None = None) -> None:
@@ -73,7 +74,7 @@ class Part:
 
     def record(self) -> dict[str, object]:
         figures = [figure.record() for figure in self.figures]
-        return {"note": self.note, "discarded_pairs": self.discarded, "error": self.error, "figures": figures}
+        return {"note": self.note, "pairs": self.pairs, "disturbed": self.disturbed, "error": self.error, "figures": figures}
 
 
 def alternate(pairs: int) -> Iterator[tuple[bool, bool]]:
@@ -126,8 +127,10 @@ def table(parts: Sequence[Part]) -> str:
     lines = ["  " + _line(HEADER, widths)]
     for part in parts:
         lines += ["", f"{part.name}: {part.note}" if part.note else part.name]
-        if part.discarded:
-            lines.append(f"  ({part.discarded} pairs discarded: another program traced system calls)")
+        if part.disturbed:
+            lines.append(
+                f"  ({part.disturbed} of {part.pairs} pairs: another program traced system calls, too; the agent costs more than this)"
+            )
         if part.error:
             lines.append(f"  failed: {part.error}")
         lines += ["  " + _line(row, widths) for row in cells[part.name]]

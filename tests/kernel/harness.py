@@ -285,6 +285,15 @@ class Worker(Server):
         super().__init__("worker.py", port, base)
 
 
+class Service(Server):
+    """A service in one of the models in which services run: see servers/service.py."""
+
+    def __init__(self, port: int, base: Path, *options: str, executable: str = sys.executable) -> None:
+        for name in ("storage", "elsewhere"):
+            (base / name).mkdir(exist_ok=True)
+        super().__init__("service.py", port, base, *options, executable=executable)
+
+
 class Client:
     """A client's end of a connection."""
 
@@ -311,6 +320,20 @@ class Client:
         while len(data) < count and (more := self.socket.recv(min(count - len(data), 1 << 20))):
             data += more
         return data
+
+    def ask(self, data: bytes) -> tuple[int, bytes]:
+        """Sends a request and reads its answer, which has a length: status and body."""
+        self.send(data)
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            more = self.receive(1)
+            assert more, head
+            head += more
+        length = re.search(rb"Content-Length: (\d+)", head)
+        assert length, head
+        body = self.receive(int(length[1]))
+        assert len(body) == int(length[1])
+        return int(head.split(b" ")[1]), body
 
     def receive_all(self) -> bytes:
         return self.receive(1 << 40)

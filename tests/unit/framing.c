@@ -14,6 +14,7 @@ typedef unsigned short __u16;
 typedef unsigned int __u32;
 typedef int __s32;
 typedef unsigned long long __u64;
+typedef long long __s64;
 
 #include "http1.h"
 
@@ -144,7 +145,7 @@ __u32 framing_feed(struct framing *f, const unsigned char *bytes, __u64 total, c
 			continue;
 		}
 		result = step(f, bytes + offset, total - offset, HTTP1_WINDOW, &s, walk_head);
-		if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && d->flags & HTTP1_BAD)) {
+		if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && !http1_usable(d))) {
 			lose(f, out);
 			break;
 		}

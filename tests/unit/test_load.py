@@ -61,9 +61,13 @@ def test_all_kinds_get_what_they_expect_and_server_and_client_agree(server: tupl
     assert len({line["request_id"] for line in lines}) == 600
     by_curl = [line for line in lines if line["kind"].startswith("curl_")]
     assert len(by_curl) == sum(count for kind, count in outcome.by_kind.items() if kind.startswith("curl_")) > 5
-    assert all(line["send_ns"] is None and line["connected_ns"] is None for line in by_curl)
+    assert all(line[name] is None for line in by_curl for name in ("connected_ns", "send_ns", "sent_ns", "tx_ns", "rx_ns"))
     by_socket = [line for line in lines if line not in by_curl]
-    assert all(before < line["send_ns"] < line["done_ns"] < after for line in by_socket)
+    assert all(before < line["send_ns"] < line["sent_ns"] < line["done_ns"] < after for line in by_socket)
+    stamped = [line for line in by_socket if line["tx_ns"] is not None and line["rx_ns"] is not None]
+    # The kernel switches stamps on a moment after they were asked for.
+    assert len(stamped) > 0.9 * len(by_socket)
+    assert all(line["send_ns"] < line["tx_ns"] < line["rx_ns"] < line["done_ns"] for line in stamped)
     first = [line for line in by_socket if line["connect_ns"] is not None]
     assert len(first) == 6
     assert all(line["connect_ns"] < line["connected_ns"] < line["send_ns"] for line in first)
@@ -184,6 +188,42 @@ def test_an_answer_cut_short_is_an_error() -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
     assert against(answer, 3).errors == 3
+
+
+@pytest.mark.parametrize("late", ["answer", "body"])
+def test_the_stamps_are_those_of_the_kernel(tmp_path: Path, late: str) -> None:
+    """A server that dawdles before its answer, or before the last bytes of it."""
+    sent: list[int] = []
+
+    def answer(sock: socket.socket, data: bytes) -> None:
+        if late == "body":
+            sock.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 5\r\n\r\n123")
+        time.sleep(0.05)
+        sent.append(time.monotonic_ns())
+        sock.sendall(b"45" if late == "body" else b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    log = tmp_path / "client.jsonl"
+    against(answer, 8, put_share=1.0, log=log)
+    lines = [line for line in read_lines(log) if line["rx_ns"] is not None and line["kind"] == "put"]
+    assert lines
+    for line in lines:
+        assert line["send_ns"] < line["tx_ns"] < line["sent_ns"] + 5_000_000
+        assert min(abs(line["rx_ns"] - ns) for ns in sent) < 20_000_000
+        assert line["rx_ns"] > line["tx_ns"] + 50_000_000
+
+
+def test_without_a_log_nothing_is_stamped() -> None:
+    calls: list[str] = []
+
+    class Spy(socket.socket):
+        def recvmsg_into(self, *arguments: Any, **names: Any) -> Any:
+            calls.append("recvmsg_into")
+            return super().recvmsg_into(*arguments, **names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load.socket, "socket", Spy)
+        assert against(lambda sock, _: sock.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n"), 3, put_share=1.0).errors == 0
+    assert calls == []
 
 
 def test_nonsense_is_an_error() -> None:
