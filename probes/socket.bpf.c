@@ -603,9 +603,10 @@ INLINE void abandon(volatile struct conn *v)
 	struct thread *t = thread(); /* of the server, if it is what closes; in softirq, of whoever was interrupted */
 	__u32 i;
 
-	if (c->dir[0].head && c->dir[0].mode == HTTP1_HEAD)
+	if (c->dir[0].head && c->dir[0].mode == HTTP1_HEAD) {
 		stat_add(ST_HEAD_INCOMPLETE, 1);
-	http1_next(&c->dir[0]);
+		http1_next(&c->dir[0]);
+	}
 	if (t && (!t->rid || t->rid != s->rid))
 		t = 0;
 	if (t)

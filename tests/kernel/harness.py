@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SERVERS = HERE / "servers"
-COMMAND = (sys.executable, "-m", "bucketprobe.cli")
+COMMAND = (str(Path(sys.executable).with_name("bucketprobe")),)
 
 #: How long anything may take that takes milliseconds on an idle machine, in seconds.
 PATIENCE = 10.0

@@ -203,27 +203,13 @@ def test_the_stamps_are_those_of_the_kernel(tmp_path: Path, late: str) -> None:
         sock.sendall(b"45" if late == "body" else b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
 
     log = tmp_path / "client.jsonl"
-    against(answer, 8, put_share=1.0, log=log)
-    lines = [line for line in read_lines(log) if line["rx_ns"] is not None and line["kind"] == "put"]
-    assert lines
+    against(answer, 8, put_share=0.0, log=log)
+    lines = [line for line in read_lines(log) if line["tx_ns"] is not None and line["rx_ns"] is not None]
+    assert len(lines) > 4
     for line in lines:
         assert line["send_ns"] < line["tx_ns"] < line["sent_ns"] + 5_000_000
         assert min(abs(line["rx_ns"] - ns) for ns in sent) < 20_000_000
         assert line["rx_ns"] > line["tx_ns"] + 50_000_000
-
-
-def test_without_a_log_nothing_is_stamped() -> None:
-    calls: list[str] = []
-
-    class Spy(socket.socket):
-        def recvmsg_into(self, *arguments: Any, **names: Any) -> Any:
-            calls.append("recvmsg_into")
-            return super().recvmsg_into(*arguments, **names)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load.socket, "socket", Spy)
-        assert against(lambda sock, _: sock.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n"), 3, put_share=1.0).errors == 0
-    assert calls == []
 
 
 def test_nonsense_is_an_error() -> None:
