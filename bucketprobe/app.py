@@ -87,7 +87,7 @@ class Agent:
     def _serve(self, control_socket: socket.socket, listener: socket.socket) -> None:
         settings, link = self._settings, self._link
         self._sink = MetricsSink(settings.tags.labels())
-        self._tracker = Tracker(FileClasses(settings.storage), self._clock.wall_ns, self._path_of, self._finished)
+        self._tracker = Tracker(FileClasses(settings.storage), self._clock.wall_ns, self._path_of, self._cwd_of, self._finished)
         self._control = capture.ControlServer(control_socket, self._status, self._lost_flat)
         text = PrometheusText(self._sink.collect, self._health)
         wake, wake_end = socket.socketpair()
@@ -165,6 +165,8 @@ class Agent:
         assert self._ring is not None
         for _ in range(16):
             records = self._ring.read()
+            if records:
+                self._hear_broker()  # what these speak of, it has named before
             for record in records:
                 try:
                     event = decode.decode(record)
@@ -185,7 +187,9 @@ class Agent:
             case abi.ProcessChange.LISTEN:
                 self._link.tell({"op": "process", "tgid": event.tgid, "why": f"listens on port {event.other}"})
             case abi.ProcessChange.FORK:
-                self._link.tell({"op": "process", "tgid": event.tgid, "why": f"child of {event.other}"})
+                # The kernel follows it already, and finds what it inherited in its parent's descriptors.
+                self._processes[event.tgid] = f"child of {event.other}"
+                self._tracker.inherit(event.tgid, event.other)
             case abi.ProcessChange.EXEC:
                 self._link.tell({"op": "exec", "tgid": event.tgid})
             case abi.ProcessChange.EXIT:
@@ -220,6 +224,10 @@ class Agent:
     def _path_of(self, tgid: int, fd: int) -> tuple[str, int] | None:
         found = self._link.ask({"op": "path", "tgid": tgid, "fd": fd})["found"]
         return (found[0], found[1]) if found else None
+
+    def _cwd_of(self, tgid: int) -> str | None:
+        found: str | None = self._link.ask({"op": "cwd", "tgid": tgid})["found"]
+        return found
 
     def _finished(self, request: Request) -> None:
         self._sink.observe(request)

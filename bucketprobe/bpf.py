@@ -11,8 +11,10 @@ import errno
 import mmap
 import os
 import platform
+import resource
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -36,6 +38,12 @@ def _bpf(command: int, attribute: bytes) -> int:
 
 def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(buffer)
+
+
+def raise_memlock_limit() -> None:
+    """Linux before 5.11 charges maps to RLIMIT_MEMLOCK, whose default is too small; later ones do not ask."""
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def map_create(kind: int, key: int, value: int, entries: int, flags: int = 0, name: str = "") -> int:

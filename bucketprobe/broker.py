@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from bucketprobe import abi, bpf, program, target, wire
 from bucketprobe.config import Settings
@@ -100,6 +101,8 @@ class Broker:
             case "gone":
                 self._gone.add(tgid)
                 self._known.pop(tgid, None)
+            case "cwd":
+                wire.send(self._agent, {"op": "cwd", "found": target.cwd(tgid)})
             case "path":
                 wire.send(self._agent, {"op": "path", "found": self._path(tgid, int(message["fd"]))})
             case "reopen":
@@ -116,11 +119,8 @@ class Broker:
                 self._add(found.tgid, found.why)
 
     def _executed(self, tgid: int) -> None:
-        """A process runs another program: its close-on-exec descriptors are gone without a close, and it may be a target now."""
-        why = target.matches(self._settings.target, tgid)
-        if tgid in self._known:
-            self._forget_files({tgid})
-            why = why or "ran another program"
+        """A process runs another program: it may be a target now, and one that was is still."""
+        why = target.matches(self._settings.target, tgid) or ("ran another program" if tgid in self._known else None)
         if why:
             self._add(tgid, why)
 
@@ -133,14 +133,20 @@ class Broker:
             return
         self._gone.discard(tgid)
         self._known[tgid] = start
-        files = list(self._learn_files(tgid))
-        self._targets[tgid] = 1
+        files = list(self._open_files(tgid))
+        # The names go first: the kernel speaks of a generation as soon as it is in the map.
         wire.send(self._agent, {"op": "process", "tgid": tgid, "why": why, "cwd": target.cwd(tgid)})
         for i in range(0, len(files), FILES_PER_MESSAGE):
             wire.send(self._agent, {"op": "files", "tgid": tgid, "files": files[i : i + FILES_PER_MESSAGE]})
+        for gen, fd, _, _ in files:
+            if gen:
+                value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
+                with suppress(OSError):  # the kernel met it first, or has no room: it then asks by itself, or counts it
+                    bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | fd), value, bpf.NOEXIST)
+        self._targets[tgid] = 1
 
-    def _learn_files(self, tgid: int) -> Iterator[tuple[int, int, str, int]]:
-        """Puts a process's open files into the kernel's table; yields (generation, fd, path, flags). Directories have generation 0."""
+    def _open_files(self, tgid: int) -> Iterator[tuple[int, int, str, int]]:
+        """A process's open files: (generation, fd, path, flags). Directories have generation 0. Ports that it listens on are noted."""
         for opened in target.open_files(tgid):
             if opened.state == "LISTEN" and opened.local_port:
                 self._serve(opened.local_port, abi.Port.SERVED)
@@ -150,13 +156,7 @@ class Broker:
                 yield 0, opened.fd, opened.path, opened.flags
             elif opened.kind == "file":
                 self._generations += 1
-                gen = _GENERATION | self._generations
-                value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
-                try:
-                    bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | opened.fd), value, bpf.NOEXIST)
-                except OSError:
-                    continue  # the kernel met it first, or has no room: it then asks by itself, or counts it
-                yield gen, opened.fd, opened.path, opened.flags
+                yield _GENERATION | self._generations, opened.fd, opened.path, opened.flags
 
     @staticmethod
     def _path(tgid: int, fd: int) -> tuple[str, int] | None:
@@ -185,13 +185,10 @@ class Broker:
         gone = {tgid for tgid in self._gone if target.start_time(tgid) is None}
         for tgid in gone:
             self._targets[tgid] = 0
-        self._forget_files(gone)
         self._gone.clear()
-
-    def _forget_files(self, tgids: set[int]) -> None:
         entries = next(m for m in abi.MAPS if m.name == "fds").entries
         for key in list(bpf.map_keys(self._maps["fds"], 8, entries)):
-            if struct.unpack("=Q", key)[0] >> 32 in tgids:
+            if struct.unpack("=Q", key)[0] >> 32 in gone:
                 bpf.map_delete(self._maps["fds"], key)
 
 

@@ -123,6 +123,7 @@ class _Subject:
 
 def run(settings: Settings, host: Host | None = None) -> Report:
     """Makes every check. Needs no privilege; without it, most checks report that it is missing."""
+    bpf.raise_memlock_limit()
     host = host or Host()
     subject = _Subject(settings, host, _btf(host))
     about_host = (_kernel(subject), _architecture(subject))

@@ -14,13 +14,11 @@ import json
 import os
 import platform
 import re
-import resource
 import struct
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -224,8 +222,7 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
     Raises EnvironmentLack where the kernel refuses.
     """
     loaded = Loaded()
-    with suppress(OSError, ValueError):  # Linux before 5.11 charges maps against it; later ones do not ask
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    bpf.raise_memlock_limit()
     try:
         loaded.maps = create_maps(programs, sizes)
         ready = {name: relocated(code, loaded.maps, offsets) for name, code in programs.items() if not name.startswith("size_")}

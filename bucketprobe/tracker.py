@@ -68,8 +68,9 @@ _UNKNOWN = _Generation("other", False)
 class Tracker:
     """Puts events together. Call `feed` for each, in the ring's order, and `tick` now and then.
 
-    `wall_ns(monotonic_ns)` gives the wall clock of a kernel stamp. `path_of(tgid, fd)` names a file that was open before the
-    agent looked. Counters: `records`, and by cause `lost`.
+    `wall_ns(monotonic_ns)` gives the wall clock of a kernel stamp; `path_of(tgid, fd)` the path and flags of a file that was
+    open before the agent looked; `cwd_of(tgid)` the directory of a process of which nothing was told yet. Counters: `records`,
+    and by cause `lost`.
     """
 
     def __init__(
@@ -77,17 +78,19 @@ class Tracker:
         classes: Classes,
         wall_ns: Callable[[int], int],
         path_of: Callable[[int, int], tuple[str, int] | None],
+        cwd_of: Callable[[int], str | None],
         sink: Callable[[Request], None],
     ) -> None:
         self._classes = classes
         self._wall_ns = wall_ns
         self._path_of = path_of
+        self._cwd_of = cwd_of
         self._sink = sink
         self._requests: OrderedDict[int, _Work] = OrderedDict()
         self._partial: OrderedDict[int, bytes] = OrderedDict()
         self._generations: OrderedDict[int, _Generation] = OrderedDict()
         self._directories: OrderedDict[tuple[int, int], str] = OrderedDict()
-        self._cwd: dict[int, str] = {}
+        self._cwd: dict[int, str | None] = {}
         self._untied: deque[tuple[int, int, int, int]] = deque(maxlen=MAX_UNTIED)
         self._aborted: deque[Any] = deque()
         self.records = 0
@@ -131,8 +134,23 @@ class Tracker:
         while len(self._directories) > MAX_DIRECTORIES:
             self._directories.popitem(last=False)
 
+    def inherit(self, tgid: int, parent: int) -> None:
+        """A process was forked: it names files as its parent did."""
+        self._cwd[tgid] = self._cwd_at(parent)
+        for (owner, fd), path in list(self._directories.items()):
+            if owner == parent:
+                self.learn_directory(tgid, fd, path)
+
     def forget_process(self, tgid: int) -> None:
+        """A process ended; its number may be another's next."""
         self._cwd.pop(tgid, None)
+        for owner, fd in [key for key in self._directories if key[0] == tgid]:
+            del self._directories[owner, fd]
+
+    def _cwd_at(self, tgid: int) -> str | None:
+        if tgid not in self._cwd:
+            self._cwd[tgid] = self._cwd_of(tgid)
+        return self._cwd[tgid]
 
     def _keep(self, gen: int, generation: _Generation) -> None:
         self._generations[gen] = generation
@@ -152,7 +170,7 @@ class Tracker:
         path = raw.decode("utf-8", "surrogateescape")
         if path.startswith("/"):
             return os.path.normpath(path) if "/." in path or "//" in path else path
-        base = self._cwd.get(tgid) if dirfd == AT_FDCWD else self._directories.get((tgid, dirfd))
+        base = self._cwd_at(tgid) if dirfd == AT_FDCWD else self._directories.get((tgid, dirfd))
         return os.path.normpath(os.path.join(base, path)) if base else path
 
     def _head(self, event: Any) -> None:

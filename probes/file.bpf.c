@@ -61,10 +61,10 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 /* At the entry of close: the number may be another file's before the call returns. */
 int on_close(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u32 tgid = pid_tgid() >> 32, i;
+	__u32 tgid = pid_tgid() >> 32;
 	struct thread *t = thread();
-	__u64 key, first, last;
 	struct fd *f;
+	__u64 key;
 
 	if (!t)
 		return 0;
@@ -80,16 +80,7 @@ int on_close(struct bpf_raw_tracepoint_args *ctx)
 		map_delete(MAP(FDS), &key);
 		return 0;
 	}
-	/* close_range: servers use it at start, to shed inherited descriptors; the agent mends what lies beyond these. */
-	first = (__u32)t->a0;
-	last = (__u32)t->a1;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < 1024; i++) {
-		if (first + i > last)
-			break;
-		key = fd_key(tgid, first + i);
-		map_delete(MAP(FDS), &key);
-	}
+	fds_forget(tgid, t->a0, t->a1); /* close_range: servers use it at start, to shed inherited descriptors */
 	return 0;
 }
 

@@ -27,10 +27,16 @@ int process_fork(struct bpf_raw_tracepoint_args *ctx)
 /* sched:sched_process_exec(task, old_pid, bprm) */
 int process_exec(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u32 tgid = pid_tgid() >> 32;
+	__u32 tgid = pid_tgid() >> 32, before = ctx->args[1];
 
-	if (is_target(tgid) || config(CFG_WATCH_EXEC))
-		emit_process(PR_EXEC, tgid, 0);
+	if (is_target(tgid)) {
+		fds_forget(tgid, 0, ~0U); /* those that close on exec are gone without a close; the others are looked up again */
+		if (before != tgid)
+			map_delete(MAP(THREADS), &before); /* the thread that called has the leader's number now */
+	} else if (!config(CFG_WATCH_EXEC)) {
+		return 0;
+	}
+	emit_process(PR_EXEC, tgid, 0);
 	return 0;
 }
 
@@ -49,7 +55,7 @@ int process_exit(struct bpf_raw_tracepoint_args *ctx)
 			work_flush(t);
 		map_delete(MAP(THREADS), &tid);
 	}
-	if (tid == tgid) {
+	if (!kernel_half(kernel_word(current_task() + OFF_TASK_SIGNAL) + OFF_SIGNAL_LIVE)) { /* the last thread */
 		map_delete(MAP(PARENTS), &tgid);
 		emit_process(PR_EXIT, tgid, 0);
 	}

@@ -124,7 +124,10 @@ INLINE struct slot *current(struct conn *c)
 {
 	struct slot *s = answering(c);
 
-	return s->rid && !s->ended ? s : 0;
+	if (!s->rid || s->ended)
+		s = 0;
+	OPAQUE(s);
+	return s;
 }
 
 INLINE void lose(struct conn *c, __u32 dir, __u32 why)
@@ -185,6 +188,7 @@ INLINE __u64 locate(struct scratch *x, __u64 *left)
 	for (i = 0; i < VECTORS; i++) {
 		__u64 length;
 
+		OPAQUE(i);
 		if (i >= x->vectors)
 			break;
 		length = x->vector[i].length;

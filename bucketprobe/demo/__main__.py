@@ -22,16 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-
-import psutil
 
 from bucketprobe import capture
 from bucketprobe.demo import check, load
@@ -46,6 +43,9 @@ START_S = 130.0
 SETTLE_S = 5.0
 STOP_S = 15.0
 
+#: How the Bucket's log says where it listens.
+LISTENING = "listening on http://127.0.0.1:"
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process took: CPU time from the load's begin to its end in seconds, resident memory after it in bytes."""
+    """What a process has taken: CPU time in seconds, and resident memory in bytes."""
 
     cpu_s: float
     rss_bytes: int
@@ -74,8 +74,7 @@ class Findings:
     capture_end: dict[str, Any] | None
     client: list[check.Line]
     records: list[check.Line]
-    ready_s: float
-    usage: dict[str, Usage] = field(default_factory=dict)
+    usage: dict[str, Usage]
 
 
 class Progress:
@@ -120,15 +119,22 @@ class Child:
         return self._log.read_text(errors="replace")
 
     def await_start(self, started: Callable[[], bool]) -> None:
-        """Waits until it is. Raises BucketprobeError, with what the process said, where it ended before."""
+        """Waits until it is. Raises BucketprobeError, with the process's last words, where it ended or took too long."""
         deadline = time.monotonic() + START_S
         while not started():
-            code = self._process.poll()
-            if code is not None or time.monotonic() > deadline:
-                trouble = BucketprobeError(f"the {self.name} did not start: {self.log().strip() or 'it said nothing; run `bucketprobe doctor`'}")
-                trouble.exit_code = code or 1
-                raise trouble
+            self.check_alive("did not start")
+            if time.monotonic() > deadline:
+                raise BucketprobeError(f"the {self.name} did not start within {START_S:.0f} s: run `bucketprobe doctor`")
             time.sleep(0.02)
+
+    def check_alive(self, trouble: str) -> None:
+        """Raises BucketprobeError, with the process's last words and its exit code, where it ended by itself."""
+        code = self._process.poll()
+        if code is not None:
+            words = self.log().strip().splitlines() or [f"it ended with {code} and said nothing"]
+            error = BucketprobeError(f"the {self.name} {trouble}: {words[-1].removeprefix('bucketprobe: ').removeprefix('error: ')}")
+            error.exit_code = max(code, 1)
+            raise error
 
     def stop(self) -> None:
         """Ends it, and by force what does not end in time."""
@@ -143,46 +149,47 @@ class Child:
 def demonstrate(options: Options, progress: Progress) -> Findings:
     """Runs it all and ends it all. Raises BucketprobeError."""
     with ExitStack() as stack:
-        # Entered first, so that it is left last: the capture ends with the agent at the latest.
-        background = stack.enter_context(ThreadPoolExecutor(1))
-        folder = _folder()
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        bucket = Child("Bucket", "bucketprobe.demo.bucket", ["--port", "0", "--root", f"{folder}/bucket", "--model", options.model], folder)
-        stack.callback(bucket.stop)
-        bucket.await_start(lambda: "listening on" in bucket.log())
-        port = int(bucket.log().partition("listening on http://127.0.0.1:")[2].split()[0])
-        progress.step(f"the reference Bucket ({options.model}) listens on 127.0.0.1:{port}")
+        try:
+            return _demonstrate(stack, options, progress)
+        finally:
+            _on_signals(signal.SIG_IGN)  # the clean-up that the stack does now is not to be interrupted
 
-        begin = time.monotonic()
-        listen = f"127.0.0.1:{_free_port()}"
-        agent = Child("agent", "bucketprobe.cli", _agent_arguments(port, listen, folder), folder)
-        stack.callback(agent.stop)
-        stack.callback(_ignore_signals)  # from here on, the clean-up is not to be interrupted
-        progress.update("compiling and attaching the probes ...")
-        agent.await_start(lambda: _ready(listen))
-        ready_s = time.monotonic() - begin
-        progress.clear()
-        progress.step(f"the agent observes it, ready after {ready_s:.1f} s (its probes were compiled: the demonstration keeps no cache)")
 
-        wanted = load.LoadOptions(
-            port, connections=CONNECTIONS, seconds=options.seconds, put_share=PUT_SHARE, max_bytes=MAX_BYTES,
-            curl_every=CURL_EVERY, log=folder / "client.jsonl",
-        )  # fmt: skip
-        load.check(wanted)
-        progress.step(f"{CONNECTIONS} clients for {options.seconds:g} s, each {CURL_EVERY}th request of each by curl; a capture runs meanwhile")
-        processes = _processes(agent.pid)
-        before = _usage(processes)
-        capturing = background.submit(capture.capture, folder / "run", options.seconds, 0.0)
-        result = load.run(wanted, lambda done, seconds: progress.update(_load_line(done, seconds, options.seconds)))
-        progress.clear()
-        usage = {name: Usage(used.cpu_s - before[name].cpu_s, used.rss_bytes) for name, used in _usage(processes).items()}
-        captured, end = capturing.result()
-        _settle(folder / "run")
-        metrics = _get(f"http://{listen}/metrics")
-        agent.stop()
-        return Findings(
-            options, result, metrics, captured, end, _lines(folder / "client.jsonl"), _lines(folder / "records.jsonl"), ready_s, usage
-        )
+def _demonstrate(stack: ExitStack, options: Options, progress: Progress) -> Findings:
+    # Entered first, so that it is left last: the capture in it ends with the agent at the latest.
+    background = stack.enter_context(ThreadPoolExecutor(1))
+    folder = _folder()
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+    bucket = Child("Bucket", "bucketprobe.demo.bucket", ["--port", "0", "--root", f"{folder}/bucket", "--model", options.model], folder)
+    stack.callback(bucket.stop)
+    bucket.await_start(lambda: LISTENING in bucket.log())
+    port = int(bucket.log().partition(LISTENING)[2].split()[0])
+    progress.step(f"the reference Bucket ({options.model}) listens on 127.0.0.1:{port}")
+
+    begin = time.monotonic()
+    listen = f"127.0.0.1:{_free_port()}"
+    progress.update("compiling and attaching the probes ...")
+    agent = Child("agent", "bucketprobe.cli", _agent_arguments(port, listen, folder), folder)
+    stack.callback(agent.stop)
+    agent.await_start(lambda: _ready(listen))
+    progress.clear()
+    progress.step(f"the agent observes it, {time.monotonic() - begin:.1f} s after its start, the probes compiled anew")
+
+    progress.step(f"{CONNECTIONS} clients for {options.seconds:g} s, each {CURL_EVERY}th of their requests by curl")
+    processes = dict(zip(("agent", "broker"), (agent.pid, *_children(agent.pid)), strict=False))
+    before = {name: _usage(pid) for name, pid in processes.items()}
+    capturing = background.submit(capture.capture, folder / "run", options.seconds, 0.0)
+    result = load.run(_load(port, options, folder), lambda done, seconds: progress.update(_load_line(done, seconds, options.seconds)))
+    progress.clear()
+    for child in (bucket, agent):
+        child.check_alive("ended during the load")
+    usage = {name: _used(before[name], _usage(pid)) for name, pid in processes.items()}
+    captured, end = capturing.result()
+    _settle(folder / "run")
+    metrics = _get(f"http://{listen}/metrics")
+    agent.stop()
+    return Findings(options, result, metrics, captured, end, _lines(folder / "client.jsonl"), _lines(folder / "records.jsonl"), usage)
 
 
 def _folder() -> Path:
@@ -218,18 +225,35 @@ def _get(url: str) -> str:
         return str(answer.read().decode())
 
 
-def _processes(agent: int) -> dict[str, psutil.Process]:
-    """The agent and the broker that it has started."""
-    found = psutil.Process(agent)
-    return {"agent": found} | {"broker": child for child in found.children()}
+def _load(port: int, options: Options, folder: Path) -> load.LoadOptions:
+    return load.LoadOptions(
+        port, connections=CONNECTIONS, seconds=options.seconds, put_share=PUT_SHARE, max_bytes=MAX_BYTES,
+        curl_every=CURL_EVERY, log=folder / "client.jsonl",
+    )  # fmt: skip
 
 
-def _usage(processes: Mapping[str, psutil.Process]) -> dict[str, Usage]:
-    usage = {}
-    for name, process in processes.items():
-        times = process.cpu_times()
-        usage[name] = Usage(times.user + times.system, process.memory_info().rss)
-    return usage
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on (proc_pid_stat(5)): state, ppid, ..."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            if int(_stat(int(pid))[1]) == parent:
+                found.append(int(pid))
+    return found
+
+
+def _usage(pid: int) -> Usage:
+    fields = _stat(pid)
+    return Usage((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _used(before: Usage, after: Usage) -> Usage:
+    """CPU time in between, memory at its end."""
+    return Usage(after.cpu_s - before.cpu_s, after.rss_bytes)
 
 
 def _settle(run_dir: Path) -> None:
@@ -252,9 +276,9 @@ def _load_line(done: int, seconds: float, wanted: float) -> str:
     return f"load: [{'#' * round(part * 30):<30}] {min(seconds, wanted):4.1f} of {wanted:g} s, {done:,} requests "
 
 
-def _ignore_signals() -> None:
+def _on_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 # --- what is printed ---
@@ -266,12 +290,13 @@ def report(findings: Findings, rows: Sequence[check.Row], look: capture.Look) ->
     summary = capture.summarise(findings.captured)
     parts = [
         (f"Metrics, an extract of /metrics after the load ({len(findings.metrics):,} bytes)", metrics_table(scrape)),
-        (_capture_title(findings), capture.render_table(summary, *look)),
+        (f"Breakdown by phase, from a capture of {findings.options.seconds:g} s during the load",
+         capture.render_table(summary, *look) + capture_note(findings)),
         ("Where the time of the slowest went", capture.render_slowest(summary, *look)),
         ("What it cost, measured here in this run", cost_table(findings)),
         ("Checked against the clients' own count", comparison(findings, rows, scrape, look)),
-        ("By hand, as root, for your own service", BY_HAND),
-    ]
+        ("By hand, as root, for a service of your own", by_hand()),
+    ]  # fmt: skip
     return "\n".join(f"{_heading(title, look)}\n{text}" for title, text in parts)
 
 
@@ -281,8 +306,13 @@ def _heading(title: str, look: capture.Look) -> str:
     return f"\x1b[1m{line}\x1b[0m" if look.color else line
 
 
-def _capture_title(findings: Findings) -> str:
-    return f"Breakdown by phase, a capture of {findings.options.seconds:g} s during the load"
+def capture_note(findings: Findings) -> str:
+    """How much of the load the capture saw."""
+    text = f"Of all {findings.result.requests:,} requests, {len(findings.captured):,} ended within the capture"
+    if findings.capture_end is None:
+        return f"{text}, which ended early.\n"
+    dropped = findings.capture_end["dropped"]
+    return f"{text}; {dropped:,} of them were dropped.\n" if dropped else f"{text}.\n"
 
 
 #: Histograms of the extract: catalog name, unit, and the tag by which its series are shown.
@@ -311,7 +341,7 @@ def metrics_table(scrape: check.Scrape) -> str:
             continue
         lines.append(f"  {name.removeprefix('bucket.')}, {short}")
         lines += [_histogram_line(f"  {label} {value}", scrape.histogram(series, **{label: value}), short) for value in values]
-    lines.append("  Quantiles are estimated from the buckets, as histogram_quantile in PromQL does.")
+    lines.append("  Quantiles are estimated from the buckets, as PromQL's histogram_quantile does.")
     return "\n".join(lines) + "\n"
 
 
@@ -322,18 +352,17 @@ def _histogram_line(name: str, histogram: check.Histogram, unit: str) -> str:
 
 
 def cost_table(findings: Findings) -> str:
-    """CPU as a share of one core during the load, memory after it; both processes of the agent."""
-    result = findings.result
-    lines = []
+    """CPU as a share of one core during the load, memory after it, of both processes of the agent; and what was served meanwhile."""
+    result, latency = findings.result, findings.result.latency_ms
+    lines = [f"  {'':<8}{'share of a core':>18}{'CPU per 1,000 requests':>26}{'resident memory':>19}"]
     for name, used in findings.usage.items():
-        share = 100 * used.cpu_s / result.elapsed_s
-        each = 1e6 * used.cpu_s / result.requests
-        lines.append(f"  {name:<8}{share:6.1f} % of a core, {each:6.0f} ms of CPU per 1,000 requests, {used.rss_bytes / 2**20:5.1f} MiB resident")
-    latency = result.latency_ms
+        share, each = used.cpu_s / result.elapsed_s, 1000 * used.cpu_s / (result.requests or 1)
+        lines.append(f"  {name:<8}{share * 100:>16.1f} %{each * 1000:>23.0f} ms{used.rss_bytes / 2**20:>15.1f} MiB")
     lines += [
-        f"  Bucket, observed: {result.requests_per_s:,.0f} requests/s, {result.bytes_per_s / 1e6:,.1f} MB/s;"
-        f" clients waited {latency['p50']:,.1f} ms (p50), {latency['p99']:,.1f} ms (p99)",
-        "  The probes' own time is the Bucket's system calls': `make bench` compares it with and without.",
+        f"  Meanwhile the Bucket served {result.requests_per_s:,.0f} requests/s and {result.bytes_per_s / 1e6:,.1f} MB/s,",
+        f"  and its clients waited {latency['p50']:,.1f} ms (p50) and {latency['p99']:,.1f} ms (p99).",
+        "  The probes run within the Bucket's system calls, and their time is not in",
+        "  here: `make bench` compares the Bucket with and without them.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -343,11 +372,13 @@ def comparison(findings: Findings, rows: Sequence[check.Row], scrape: check.Scra
         return f"\x1b[{32 if good else 31}m{text}\x1b[0m" if look.color else text
 
     lost = ", ".join(f"{cause} {count:,}" for cause, count in check.losses(scrape).items())
-    text = check.render(rows, paint) + f"  losses, by the agent's own account: {lost or 'none'}\n"
     result = findings.result
+    by_curl = sum(count for kind, count in result.by_kind.items() if kind.startswith("curl_"))
+    text = f"  {result.requests:,} requests, {by_curl:,} of them by curl\n\n{check.render(rows, paint)}"
+    text += f"  what the agent says that it lost: {lost or 'nothing'}\n"
     if not result.clean:
-        text += f"  the service itself failed the clients: {result.errors} unanswered, {result.unexpected} unexpected, {result.corrupt} corrupt\n"
-    verdict = "every number agrees" if passed(findings, rows) else "MISMATCH: this run's numbers are not to be trusted"
+        text += f"  not served as it should be: {result.errors} without answer, {result.unexpected} unexpected, {result.corrupt} corrupt\n"
+    verdict = "Every number agrees." if passed(findings, rows) else "MISMATCH: not every number agrees."
     return f"{text}  {paint(verdict, passed(findings, rows))}\n"
 
 
@@ -356,12 +387,16 @@ def passed(findings: Findings, rows: Sequence[check.Row]) -> bool:
     return findings.result.clean and findings.result.requests == len(findings.client) and all(row.agrees for row in rows)
 
 
-_COMMAND = shlex.quote(str(Path(sys.executable).parent.joinpath("bucketprobe")))
-BY_HAND = f"""\
-  {_COMMAND} doctor
-  {_COMMAND} run --port 8080 --storage-root /srv/bucket --metadata 'meta/**'
-  curl -s http://127.0.0.1:9464/metrics
-  {_COMMAND} capture --duration 10 --min-ms 50
+def by_hand() -> str:
+    """What to type next; the command by the shortest path."""
+    path = Path(sys.executable).with_name("bucketprobe")
+    command = shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    return f"""\
+  see what the host gives:  {command} doctor
+  observe a service:        {command} run --port 8080 \\
+                              --storage-root /srv/bucket --metadata 'meta/**'
+  scrape it:                curl -s http://127.0.0.1:9464/metrics
+  see where time goes:      {command} capture --duration 10
 """
 
 
@@ -370,7 +405,7 @@ BY_HAND = f"""\
 
 def seconds(text: str) -> float:
     value = float(text)
-    if not 1 <= value <= 3600:
+    if not 1 <= value <= 600:
         raise ValueError
     return value
 
@@ -380,7 +415,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
         prog="python -m bucketprobe.demo",
         description="Observe a reference Bucket under load and show where the time went. Example: python -m bucketprobe.demo --seconds 8",
     )
-    parser.add_argument("--seconds", type=seconds, default=8.0, metavar="S", help="length of the load, 1 to 3600 (default %(default)g)")
+    parser.add_argument("--seconds", type=seconds, default=8.0, metavar="S", help="length of the load, 1 to 600 (default %(default)g)")
     parser.add_argument("--model", choices=("threads", "prefork"), default="threads", help="how the Bucket serves (default %(default)s)")
     return Options(**vars(parser.parse_args(arguments)))
 
@@ -392,19 +427,27 @@ def _end(number: int, _frame: object) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     progress = Progress()
-    for number in SIGNALS:
-        signal.signal(number, _end)
+    _on_signals(_end)
     try:
         findings = demonstrate(options, progress)
     except BucketprobeError as error:
         progress.clear()
-        print(f"demo: {error}", file=sys.stderr)
+        progress.step(str(error))
         return error.exit_code
+    except OSError as error:
+        progress.clear()
+        progress.step(f"it could not go on: {error}; make room or repair that, and run it again")
+        return 1
+    except SystemExit:
+        progress.clear()
+        progress.step("interrupted; its processes and files are gone")
+        raise
+    _on_signals(signal.SIG_DFL)
     rows = check.compare(findings.client, check.Scrape(findings.metrics), findings.records)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    with suppress(BrokenPipeError):
+    try:
         print(report(findings, rows, capture.look_of(sys.stdout, os.environ)), end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has enough
     return 0 if passed(findings, rows) else 1
 
 

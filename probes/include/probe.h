@@ -36,11 +36,17 @@ static __u64 (*ring_query)(void *ring, __u64 what) = (void *)134;
 #define RING_FORCE_WAKEUP 2
 #define NOEXIST 1
 
+/*
+ * Hides from clang what it knows of x. The verifiers before Linux 6.8 learn nothing from `r != constant`: they can follow neither
+ * a loop that clang counts down to 0 nor a second test that clang derives from the outcome of a first.
+ */
+#define OPAQUE(x) asm volatile("" : "+r"(x))
+
 /* Keeps clang from dropping a bound that the verifier needs to see. */
-#define BOUND(x, mask)                         \
-	do {                                   \
-		asm volatile("" : "+r"(x));    \
-		(x) &= (mask);                 \
+#define BOUND(x, mask)         \
+	do {                   \
+		OPAQUE(x);     \
+		(x) &= (mask); \
 	} while (0)
 
 #define PIPELINE 16 /* requests that one connection may have outstanding */
@@ -316,6 +322,23 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 	if (map_update(MAP(FDS), &key, &found, 0))
 		stat_add(ST_MAP_FDS, 1);
 	return map_lookup(MAP(FDS), &key);
+}
+
+#define FDS_FORGOTTEN 1024 /* of a program that closes a range, or is replaced; the broker sweeps what lies beyond */
+
+/* Forgets the descriptors from first to last. */
+INLINE void fds_forget(__u32 tgid, __u32 first, __u32 last)
+{
+	__u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < FDS_FORGOTTEN; i++) {
+		__u64 key = fd_key(tgid, first + i);
+
+		if (i > last - first)
+			break;
+		map_delete(MAP(FDS), &key);
+	}
 }
 
 INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind, __u32 shared)

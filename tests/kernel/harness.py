@@ -127,6 +127,18 @@ class Agent:
                 found[f"{labels['stage']}.{labels['cause']}"] = int(value)
         return found
 
+    def settled(self) -> Counter[str]:
+        """The ledger, once nothing in it has moved for a second, the longest that anything is held back."""
+        last, since = self.ledger(), time.monotonic()
+        deadline = since + PATIENCE
+        while time.monotonic() - since < 1:
+            assert time.monotonic() < deadline, last
+            time.sleep(0.1)
+            now = self.ledger()
+            if now != last:
+                last, since = now, time.monotonic()
+        return last
+
     def targets_up(self) -> bool:
         return self.metrics()["bucketprobe_targets_up"] > 0
 

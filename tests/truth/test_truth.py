@@ -84,7 +84,7 @@ def await_line(process: subprocess.Popen[bytes], log: Path, words: str) -> str:
             if words in line and line.endswith("\n"):
                 return line
         time.sleep(0.02)
-    pytest.fail(f"{process.args} did not say {words!r}: {log.read_text()}")
+    pytest.fail(f"no line with {words!r} came from {process.args!r}: {log.read_text()}")
 
 
 def observe(folder: Path, cache: Path, model: str, load: dict[str, Any]) -> tuple[Path, Path, Path]:

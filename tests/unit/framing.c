@@ -87,7 +87,6 @@ static void finish(struct framing *f, struct mark *out)
 {
 	mark(f, out, MARK_END);
 	f->answered++;
-	f->d.status = 0;
 	http1_next(&f->d);
 }
 

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker by its messages: as its agent would talk to it. Most of it needs the kernel, and says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bucketprobe import abi, bpf, broker, link, program, wire
+from bucketprobe.config import Settings, StorageSpec, TargetSpec
+from bucketprobe.errors import BucketprobeError, EnvironmentLack
+
+SECONDS = 20.0
+HOLD_OPEN = """
+import os, sys
+files = [open(path, "a") for path in sys.argv[1:] if not os.path.isdir(path)]
+folders = [os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in sys.argv[1:] if os.path.isdir(path)]
+print(*(file.fileno() for file in files), *folders, flush=True)
+sys.stdin.read()
+"""
+
+
+class Holder:
+    """A process that holds these files open, and does nothing."""
+
+    def __init__(self, cwd: Path, *paths: Path) -> None:
+        command = [sys.executable, "-c", HOLD_OPEN, *map(str, paths)]
+        self.process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self.process.pid
+        assert self.process.stdout is not None
+        self.fds = dict(zip(map(str, paths), map(int, self.process.stdout.readline().split()), strict=True))
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate("")
+
+
+class Talk:
+    """The agent's end of a broker's socket."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        end.settimeout(SECONDS)
+        self.heard: list[wire.Message] = []
+
+    def until(self, op: str) -> tuple[wire.Message, list[int]]:
+        """The next message of this kind; those before it are in `heard`."""
+        while True:
+            received = wire.receive(self.end)
+            assert received is not None, f"the broker ended: {self.heard}"
+            if received[0]["op"] == op:
+                return received
+            self.heard.append(received[0])
+
+    def ask(self, **message: Any) -> wire.Message:
+        wire.send(self.end, message)
+        return self.until(message["op"])[0]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def start(cache_dir: str) -> Iterator[Callable[..., tuple[subprocess.Popen[str], Talk]]]:
+    """Starts real brokers; each must end by itself, well, when its agent is gone."""
+    started: list[tuple[subprocess.Popen[str], Talk]] = []
+
+    def begin(**settings: Any) -> tuple[subprocess.Popen[str], Talk]:
+        ours, theirs = wire.pair()
+        command = [sys.executable, "-I", "-m", "bucketprobe.broker", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+        theirs.close()
+        wire.send(ours, Settings(cache_dir=cache_dir, **settings).as_dict())
+        started.append((process, Talk(ours)))
+        return started[-1]
+
+    yield begin
+    for process, talk in started:
+        talk.end.close()
+        _, errors = process.communicate(timeout=SECONDS)
+        assert (process.returncode, errors) == (0, "")
+
+
+
+
+# --- On the kernel -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kernel
+def test_what_a_target_held_open_is_told_before_the_broker_is_ready(start, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    with Holder(tmp_path, tmp_path / "data", tmp_path / "sub") as holder:
+        _, talk = start(target=TargetSpec(pids=(holder.pid,)), ring_bytes=32_768)
+        ready, descriptors = talk.until("ready")
+        assert ready == {"op": "ready", "missing": [], "ring_bytes": 32_768}
+        [found] = [message for message in talk.heard if message["op"] == "process"]
+        assert (found["tgid"], found["cwd"]) == (holder.pid, str(tmp_path))
+        files = {path: (gen, fd, flags) for message in talk.heard if message["op"] == "files" for gen, fd, path, flags in message["files"]}
+        gen, fd, flags = files[str(tmp_path / "data")]
+        assert gen > 1 << 63
+        assert fd == holder.fds[str(tmp_path / "data")]
+        assert flags & os.O_ACCMODE == os.O_WRONLY
+        assert flags & os.O_APPEND
+        assert files[str(tmp_path / "sub")][:2] == (0, holder.fds[str(tmp_path / "sub")])
+
+        events, stats = descriptors
+        bpf.Ring(events, 32_768).close()
+        assert broker.read_stats(stats)[abi.Stat.BEGUN] == 0
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+@pytest.mark.kernel
+def test_questions_are_answered(start, tmp_path: Path) -> None:
+    with Holder(tmp_path, tmp_path / "data") as holder:
+        _, talk = start(target=TargetSpec(ports=(1,)))
+        talk.until("ready")
+        assert not any(message["op"] == "process" for message in talk.heard)
+
+        fd = holder.fds[str(tmp_path / "data")]
+        found = talk.ask(op="path", tgid=holder.pid, fd=fd)["found"]
+        assert found[0] == str(tmp_path / "data")
+        assert found[1] & os.O_ACCMODE == os.O_WRONLY
+        for tgid, number in ((holder.pid, 0), (holder.pid, 999), (1 << 22, 0)):
+            assert talk.ask(op="path", tgid=tgid, fd=number) == {"op": "path", "found": None}
+
+        assert len(talk.ask(op="stats")["values"]) > max(abi.Stat)
+
+        wire.send(talk.end, {"op": "process", "tgid": holder.pid, "why": "child of 7"})
+        assert talk.until("process")[0] == {"op": "process", "tgid": holder.pid, "why": "child of 7", "cwd": str(tmp_path)}
+        wire.send(talk.end, {"op": "process", "tgid": 1 << 22, "why": "nobody"})
+        assert talk.ask(op="detach") == {"op": "detach"}
+        assert talk.heard[-1]["op"] == "files"
+
+
+@pytest.mark.kernel
+def test_neither_the_broker_nor_its_agent_becomes_a_target(start) -> None:
+    process, talk = start(target=TargetSpec(ports=(1,)))
+    talk.until("ready")
+    for pid in (os.getpid(), process.pid):
+        wire.send(talk.end, {"op": "process", "tgid": pid, "why": "itself"})
+    talk.ask(op="stats")
+    assert not any(message["op"] == "process" for message in talk.heard)
+
+
+@pytest.mark.kernel
+def test_a_process_that_ran_another_program_is_looked_at_again(start, tmp_path: Path) -> None:
+    with Holder(tmp_path, tmp_path / "data") as holder:
+        _, talk = start(target=TargetSpec(exes=(Path(sys.executable).resolve().name,)))
+        talk.until("ready")
+        talk.heard.clear()
+        wire.send(talk.end, {"op": "exec", "tgid": holder.pid})
+        assert talk.until("process")[0]["tgid"] == holder.pid
+        assert talk.until("files")[0]["files"]
+
+
+@pytest.mark.kernel
+def test_records_are_opened_again_by_name(start, tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    _, talk = start(target=TargetSpec(ports=(1,)), records=str(path))
+    talk.until("ready")
+    wire.send(talk.end, {"op": "reopen"})
+    _, [fd] = talk.until("records")
+    os.write(fd, b"x")
+    os.close(fd)
+    assert path.read_bytes() == b"x"
+
+
+@pytest.mark.kernel
+def test_records_that_cannot_be_opened_again_are_a_line_of_the_log(start, tmp_path: Path) -> None:
+    _, talk = start(target=TargetSpec(ports=(1,)), records=str(tmp_path / "missing" / "records"))
+    talk.until("ready")
+    wire.send(talk.end, {"op": "reopen"})
+    assert str(tmp_path / "missing" / "records") in talk.until("log")[0]["text"]
+    talk.ask(op="stats")
+
+
+@pytest.mark.kernel
+def test_many_files_with_long_names_fit_their_messages(start, tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*("\u00e4" * 120 for _ in range(5)))
+    folder.mkdir(parents=True)
+    paths = [folder / f"{number}" for number in range(150)]
+    with Holder(tmp_path, *paths) as holder:
+        _, talk = start(target=TargetSpec(pids=(holder.pid,)))
+        talk.until("ready")
+        told = {path for message in talk.heard if message["op"] == "files" for _, _, path, _ in message["files"]}
+        assert set(map(str, paths)) <= told
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminals_signals_are_for_the_agent(start, number: int) -> None:
+    process, talk = start(target=TargetSpec(ports=(1,)))
+    talk.until("ready")
+    process.send_signal(number)
+    talk.ask(op="stats")
+
+
+@pytest.mark.kernel
+def test_the_probes_go_with_the_agent(start) -> None:
+    process, talk = start(target=TargetSpec(ports=(1,)))
+    talk.until("ready")
+    talk.end.close()
+    process.wait(SECONDS)
+    assert process.returncode == 0
+
+
+# --- What keeps it from attaching --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[wire.Message | None], tuple[int, list[wire.Message]]]]:
+    """Runs broker.main in this process; what it returns and what it told the agent."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+
+    def run(settings: wire.Message | None) -> tuple[int, list[wire.Message]]:
+        ours, theirs = wire.pair()
+        if settings is not None:
+            wire.send(ours, settings)
+        else:
+            ours.shutdown(socket.SHUT_WR)
+        monkeypatch.setattr(sys, "argv", ["broker", str(theirs.detach())])
+        code = broker.main()
+        told = []
+        while select.select([ours], [], [], 0)[0] and (received := wire.receive(ours)):
+            told.append(received[0])
+        ours.close()
+        return code, told
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_lack_is_told_with_its_exit_code(run_main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*_: object) -> None:
+        raise EnvironmentLack("BCC is missing: install it.")
+
+    monkeypatch.setattr(program, "compiled", lack)
+    assert run_main(Settings().as_dict()) == (2, [{"op": "failed", "text": "BCC is missing: install it.", "exit_code": 2}])
+
+
+def test_settings_that_nobody_could_have_given_are_refused(run_main) -> None:
+    code, [told] = run_main({"agent": {"ring_bytes": 5}})
+    assert code == told["exit_code"] == 2
+    assert "ring_bytes" in told["text"]
+
+
+def test_an_agent_that_is_gone_at_once(run_main) -> None:
+    assert run_main(None) == (1, [])
+
+
+def test_an_agent_that_goes_meanwhile(run_main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(program, "compiled", gone)
+    assert run_main(Settings().as_dict()) == (0, [])
+
+
+# --- Sums --------------------------------------------------------------------------------------------------------
+
+
+def test_counters_are_summed_over_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = next(spec for spec in abi.MAPS if spec.name == "stats").entries
+    monkeypatch.setattr(bpf, "possible_cpus", lambda: 3)
+    values = struct.pack(f"={3 * entries}Q", *range(3 * entries))
+    monkeypatch.setattr(bpf, "array_values", lambda fd, count, size: values if (fd, count, size) == (9, entries, 24) else b"")
+    assert broker.read_stats(9)[:3] == [0 + 1 + 2, 3 + 4 + 5, 6 + 7 + 8]
+    assert len(broker.read_stats(9)) == entries
+
+
+# --- The agent's end ---------------------------------------------------------------------------------------------
+
+
+class FakeBroker:
+    """Stands in the place of the process that a BrokerLink starts: a thread on the other end, which calls `serve` once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, serve: Callable[[socket.socket, wire.Message], None]) -> None:
+        self.pid = 1
+        self._serve = serve
+        self._thread: threading.Thread | None = None
+        monkeypatch.setattr(link.subprocess, "Popen", self._popen)
+
+    def _popen(self, command: list[str], pass_fds: list[int], **_: object) -> FakeBroker:
+        end = socket.socket(fileno=os.dup(pass_fds[0]))
+        self._thread = threading.Thread(target=self._run, args=(end,), daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self, end: socket.socket) -> None:
+        with end:
+            received = wire.receive(end)
+            assert received is not None
+            self._serve(end, received[0])
+
+    def wait(self, timeout: float) -> None:
+        assert self._thread is not None
+        self._thread.join(timeout)
+
+
+SETTINGS = Settings(target=TargetSpec(ports=(8080,)), storage=StorageSpec(roots=("/srv",)))
+
+
+def test_the_settings_go_first_and_messages_before_ready_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[wire.Message] = []
+
+    def serve(end: socket.socket, settings: wire.Message) -> None:
+        got.append(settings)
+        wire.send(end, {"op": "process", "tgid": 1})
+        wire.send(end, {"op": "ready"})
+
+    FakeBroker(monkeypatch, serve)
+    agent = link.BrokerLink(SETTINGS)
+    assert agent.await_ready() == ({"op": "ready"}, [])
+    assert Settings.from_dict(json.loads(json.dumps(got[0]))) == SETTINGS
+    with pytest.raises(BucketprobeError, match="The broker ended"):
+        while True:
+            agent.messages()
+    agent.close()
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_what_the_broker_failed_of_is_the_agents_error(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    FakeBroker(monkeypatch, lambda end, _: wire.send(end, {"op": "failed", "text": "No.", "exit_code": code}))
+    agent = link.BrokerLink(SETTINGS)
+    with pytest.raises(BucketprobeError, match=r"No\.") as error:
+        agent.await_ready()
+    assert error.value.exit_code == code
+    agent.close()
+
+
+def test_a_broker_that_just_ends_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeBroker(monkeypatch, lambda end, _: None)
+    agent = link.BrokerLink(SETTINGS)
+    with pytest.raises(BucketprobeError, match="bucketprobe doctor"):
+        agent.await_ready()
+    agent.close()
+
+
+def test_an_answer_is_found_among_other_messages_which_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(end: socket.socket, _: wire.Message) -> None:
+        received = wire.receive(end)
+        assert received is not None
+        wire.send(end, {"op": "log", "text": "between"})
+        wire.send(end, {"op": "path", "found": None, "asked": received[0]["fd"]})
+        wire.receive(end)
+
+    FakeBroker(monkeypatch, serve)
+    agent = link.BrokerLink(SETTINGS)
+    assert agent.ask({"op": "path", "fd": 5})["asked"] == 5
+    assert agent.messages() == [({"op": "log", "text": "between"}, [])]
+    agent.close()
+
+
+def test_a_burst_of_messages_does_not_make_each_wait_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that forks and forks: each news makes the broker answer, while the agent does not read yet."""
+    count = 5000
+
+    def serve(end: socket.socket, _: wire.Message) -> None:
+        for _ in range(count):
+            if wire.receive(end) is None:
+                return
+            wire.send(end, {"op": "process", "tgid": 1, "why": "child of 7", "cwd": "/"})
+
+    FakeBroker(monkeypatch, serve)
+    agent = link.BrokerLink(SETTINGS)
+    heard: list[tuple[wire.Message, list[int]]] = []
+
+    def talk() -> None:
+        for number in range(count):
+            agent.tell({"op": "process", "tgid": number, "why": "child of 7"})
+        while len(heard) < count:
+            heard.extend(agent.messages())
+
+    talker = threading.Thread(target=talk, daemon=True)
+    talker.start()
+    talker.join(SECONDS)
+    stuck = talker.is_alive()
+    if stuck:
+        agent.socket.shutdown(socket.SHUT_RDWR)
+        talker.join(1)
+    agent.close()
+    assert not stuck, "the agent waits to send, and its broker does, too"
+    assert len(heard) == count
