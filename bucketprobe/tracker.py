@@ -129,7 +129,8 @@ class Tracker:
         self._cwd[tgid] = path
 
     def learn_directory(self, tgid: int, fd: int, path: str) -> None:
-        """A directory that a target holds open and may name files against."""
+        """What a target holds open as `fd`: if it is a directory, files may be named against it."""
+        self._directories.pop((tgid, fd), None)
         self._directories[tgid, fd] = path
         while len(self._directories) > MAX_DIRECTORIES:
             self._directories.popitem(last=False)
@@ -152,6 +153,15 @@ class Tracker:
             self._cwd[tgid] = self._cwd_of(tgid)
         return self._cwd[tgid]
 
+    def _directory_at(self, tgid: int, fd: int) -> str | None:
+        known = self._directories.get((tgid, fd))
+        if known is None:
+            found = self._path_of(tgid, fd)  # a duplicate, or older than the agent
+            if found:
+                known = found[0]
+                self.learn_directory(tgid, fd, known)
+        return known
+
     def _keep(self, gen: int, generation: _Generation) -> None:
         self._generations[gen] = generation
         while len(self._generations) > MAX_GENERATIONS:
@@ -170,7 +180,7 @@ class Tracker:
         path = raw.decode("utf-8", "surrogateescape")
         if path.startswith("/"):
             return os.path.normpath(path) if "/." in path or "//" in path else path
-        base = self._cwd_at(tgid) if dirfd == AT_FDCWD else self._directories.get((tgid, dirfd))
+        base = self._cwd_at(tgid) if dirfd == AT_FDCWD else self._directory_at(tgid, dirfd)
         return os.path.normpath(os.path.join(base, path)) if base else path
 
     def _head(self, event: Any) -> None:
@@ -192,8 +202,7 @@ class Tracker:
         path = self._resolve(event.tgid, event.dirfd, event.data[: event.n])
         kind = self._classes.classify(path)
         self._keep(event.gen, _Generation(kind, bool(event.flags & O_DSYNC)))
-        if event.flags & os.O_DIRECTORY or kind != "other":
-            self.learn_directory(event.tgid, event.fd, path)
+        self.learn_directory(event.tgid, event.fd, path)
         if event.rid:
             work = self._work(event.rid)
             work.files(kind).opens += 1

@@ -341,7 +341,7 @@ def metrics_table(scrape: check.Scrape) -> str:
             continue
         lines.append(f"  {name.removeprefix('bucket.')}, {short}")
         lines += [_histogram_line(f"  {label} {value}", scrape.histogram(series, **{label: value}), short) for value in values]
-    lines.append("  Quantiles are estimated from the buckets, as PromQL's histogram_quantile does.")
+    lines.append("  Quantiles are estimated from buckets, as PromQL's histogram_quantile does.")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from rig import DRAIN_SECONDS, Agent, Bucket, Rig
 
 RATE = 500
 SIZE = 8 << 10
-IDLE_SECONDS = 3.0
+IDLE_SECONDS = 2.0
 
 
 def measure(rig: Rig) -> Part:

@@ -26,20 +26,18 @@ def measure(rig: Rig) -> Part:
         rig.load(bucket.port, SIZE, seconds=0.5)
         target = ["--port", str(bucket.port), "--storage-root", str(bucket.root), "--metadata", "*.json"]
         with rig.agent(target) as agent:
-            steps = [look(agent)]
             sent = 0
-            after = ["when ready"]
+            steps = [look(agent)]
+            part.add("agent VmRSS when ready", "MB", [steps[-1]["rss"]], GOAL_MB)
             for requests in rig.plan.memory_requests:
                 rig.progress(f"memory: {requests:,} requests")
                 rig.load(bucket.port, SIZE, requests=requests)
                 time.sleep(DRAIN_SECONDS)
-                sent += requests
-                after.append(f"after {sent:,} requests")
+                before, sent = sent, sent + requests
                 steps.append(look(agent))
-    for when, step in zip(after, steps, strict=True):
-        part.add(f"agent VmRSS {when}", "MB", [step["rss"]], GOAL_MB)
+                part.add(f"agent VmRSS after {sent:,} requests", "MB", [steps[-1]["rss"]], GOAL_MB)
+    part.add(f"agent growth from {before:,} to {sent:,} requests", "MB", [steps[-1]["rss"] - steps[-2]["rss"]])
     part.add("agent VmHWM (its peak)", "MB", [steps[-1]["peak"]])
-    part.add(f"agent growth from {rig.plan.memory_requests[0]:,} to {sent:,} requests", "MB", [steps[-1]["rss"] - steps[1]["rss"]])
     part.add("broker VmRSS", "MB", [steps[-1]["broker_rss"]])
     part.add("agent + broker PSS", "MB", [steps[-1]["pss"]])
     rig.progress("memory: the compiler")

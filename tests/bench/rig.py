@@ -44,7 +44,7 @@ class Plan:
     throughput_pairs: int
     cpu_runs: int
     cpu_s: float
-    memory_requests: tuple[int, int]
+    memory_requests: tuple[int, ...]
     cold_starts: int
     cached_starts: int
     syscall_pairs: int
@@ -53,11 +53,11 @@ class Plan:
 SIZES = (8 << 10, 64 << 10, 1 << 20)
 FULL = Plan(
     cases=tuple((model, size) for model in ("threads", "prefork") for size in SIZES),
-    arm_s=3.5,
+    arm_s=3.0,
     throughput_pairs=5,
     cpu_runs=2,
     cpu_s=6.0,
-    memory_requests=(1_000, 9_000),
+    memory_requests=(1_000, 9_000, 10_000),
     cold_starts=5,
     cached_starts=10,
     syscall_pairs=9,
@@ -68,7 +68,7 @@ QUICK = Plan(
     throughput_pairs=2,
     cpu_runs=1,
     cpu_s=3.0,
-    memory_requests=(500, 2_500),
+    memory_requests=(500, 2_000, 2_500),
     cold_starts=2,
     cached_starts=4,
     syscall_pairs=3,
@@ -118,7 +118,7 @@ class Agent:
 class Rig:
     """Where the bench works. `room` holds logs, caches and run folders, `store` what servers keep; both are removed by the caller.
 
-    `patience_s`: how long it may still wait, all in all, for others on the host to stop tracing system calls.
+    `patience_s`: how long it may still wait and measure again, all in all, because of others on the host that trace system calls.
     """
 
     room: Path
@@ -209,12 +209,16 @@ class Rig:
     def pairs(self, part: Part, name: str, count: int, target: Sequence[str], work: Callable[[Agent | None], T]) -> list[tuple[T, T]]:
         """What `work` finds (without an agent, with one), `count` times, interleaved. `name` is for the progress display.
 
-        A pair in which others traced system calls is measured again, a few times at most: they slow everything down, and while
+        A pair in which others traced system calls is measured again, while patience lasts: they slow everything down, and while
         they do the first step of what the agent costs has been paid already. What stays disturbed is counted in the part.
         """
         clean: list[tuple[T, T]] = []
         disturbed: list[tuple[T, T]] = []
-        for order in alternate(count + max(1, count // 4)):
+        for order in alternate(2 * count):
+            enough = len(clean) + len(disturbed) >= count
+            if len(clean) == count or (enough and self.patience_s <= 0):
+                break
+            begin = time.monotonic()
             found: dict[bool, T] = {}
             quiet = True
             for on in order:
@@ -223,8 +227,8 @@ class Rig:
                 found[on], undisturbed = self._arm(on, target, work)
                 quiet &= undisturbed
             (clean if quiet else disturbed).append((found[False], found[True]))
-            if len(clean) == count:
-                break
+            if enough:
+                self.patience_s -= time.monotonic() - begin
         used = (clean + disturbed)[:count]
         part.pairs += len(used)
         part.disturbed += len(used) - len(clean)

@@ -79,12 +79,23 @@ def agent(session_base: Path, cache_dir: Path, http_port: int, work_port: int) -
     assert shared.duplicates() == []
 
 
+@pytest.fixture(scope="session")
+def scripted_servers() -> Iterator[list[Scripted]]:
+    servers: list[Scripted] = []
+    yield servers
+    for server in servers:
+        server.kill()
+
+
 @pytest.fixture
-def scripted(agent: Agent, http_port: int, session_base: Path) -> Iterator[Scripted]:
-    """A server that does on each connection what the test tells it."""
-    with Scripted(http_port, session_base) as server:
-        agent.await_target(server.pid)
-        yield server
+def scripted(agent: Agent, http_port: int, session_base: Path, scripted_servers: list[Scripted]) -> Scripted:
+    """A server that does on each connection what the test tells it; another one where the last one is not idle, or was killed."""
+    if not scripted_servers or not scripted_servers[-1].idle:
+        for server in scripted_servers:
+            server.kill()
+        scripted_servers[:] = [Scripted(http_port, session_base)]
+        agent.await_target(scripted_servers[0].pid)
+    return scripted_servers[0]
 
 
 @pytest.fixture(scope="session")

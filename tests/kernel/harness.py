@@ -258,7 +258,7 @@ class Server:
         self.process.wait(PATIENCE)
         assert self.process.stdin
         assert self.process.stdout
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self.process.stdin.close()
         self.process.stdout.close()
 
@@ -271,10 +271,23 @@ class Scripted(Server):
 
     def __init__(self, port: int, base: Path) -> None:
         super().__init__("scripted.py", port, base)
+        self._running = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can take another script. Waits for the end of the last one; False if that killed the server."""
+        if self._running and not self.process.stdout.closed:  # type: ignore[union-attr]
+            try:
+                self.result()
+            except ValueError:
+                return False
+        return self.process.poll() is None
 
     def script(self, *steps: Step) -> Client:
         """Gives the steps for the next connection, and that connection."""
         assert self.process.stdin
+        assert self.idle
+        self._running = True
         self.process.stdin.write(json.dumps(steps) + "\n")
         return self.connect()
 
@@ -287,6 +300,7 @@ class Scripted(Server):
         """Waits for the script's end: `received` bytes, `reads` and `error`."""
         assert self.process.stdout
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        self._running = False
         return answer
 
 

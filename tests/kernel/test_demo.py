@@ -280,7 +280,7 @@ def test_its_own_tables_fit_80_columns() -> None:
     look = capture.Look(False, 80, True)
     found = findings(list(CLIENT))
     scrape = check.Scrape(METRICS)
-    texts = (demo.metrics_table(scrape), demo.cost_table(found), demo.comparison(found, rows, scrape, look), demo.by_hand())
+    texts = (demo.metrics_table(scrape), demo.cost_table(found), demo.comparison(found, rows, scrape, look))
     assert max(len(line) for text in texts for line in text.splitlines()) < 80
 
 

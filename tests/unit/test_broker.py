@@ -379,6 +379,7 @@ def test_a_burst_of_messages_does_not_make_each_wait_for_the_other(monkeypatch: 
             if wire.receive(end) is None:
                 return
             wire.send(end, {"op": "process", "tgid": 1, "why": "child of 7", "cwd": "/"})
+        wire.receive(end)
 
     FakeBroker(monkeypatch, serve)
     agent = link.BrokerLink(SETTINGS)

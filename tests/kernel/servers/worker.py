@@ -39,12 +39,13 @@ class Work:
     def __init__(self, folder: str, suffix: str, thread: int) -> None:
         self.folder = folder
         self.suffix = suffix
+        self.thread = thread
         self.a = os.open(self.name(f"a-{thread}"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self.b = os.open(self.name(f"b-{thread}"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.ftruncate(self.a, 10_000_000)
         os.mkdir(self.name(f"d-{thread}"))
         self.directory = os.open(self.name(f"d-{thread}"), os.O_RDONLY | os.O_DIRECTORY)
         self.fresh = 0
+        self.turned = False
 
     def name(self, stem: str) -> str:
         return f"{self.folder}/{stem}{self.suffix}"
@@ -69,7 +70,7 @@ class Work:
         os.close(os.open(self.new_name(), os.O_CREAT | os.O_WRONLY))
 
     def do_openat_directory(self, i: int) -> None:
-        os.close(os.open(f"in-{i}", os.O_CREAT | os.O_WRONLY, dir_fd=self.directory))
+        os.close(os.open(f"in-{i}{self.suffix}", os.O_CREAT | os.O_WRONLY, dir_fd=self.directory))
 
     def do_openat2(self, _: int) -> None:
         how = (ctypes.c_uint64 * 3)(os.O_CREAT | os.O_WRONLY, 0o644, 0)
@@ -167,13 +168,20 @@ class Work:
     # names
 
     def existing(self, stem: str) -> str:
-        return self.name(f"{stem}-0")
+        return self.name(f"{stem}-{self.thread}")
 
-    def do_rename(self, i: int) -> None:
-        os.rename(self.existing(f"r{i % 2}"), self.existing(f"r{(i + 1) % 2}"))
+    def do_rename(self, _: int) -> None:
+        source, target = self.existing("r"), self.existing("s")
+        os.rename(*((source, target) if self.turn() else (target, source)))
 
-    def do_renameat(self, i: int) -> None:
-        os.rename(f"r{i % 2}", f"r{(i + 1) % 2}", src_dir_fd=self.directory, dst_dir_fd=self.directory)
+    def do_renameat(self, _: int) -> None:
+        source, target = f"r{self.suffix}", f"s{self.suffix}"
+        source, target = (source, target) if self.turn() else (target, source)
+        os.rename(source, target, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+
+    def turn(self) -> bool:
+        self.turned = not self.turned
+        return self.turned
 
     def do_renameat2(self, i: int) -> None:
         """Exchanges two names."""
@@ -183,7 +191,7 @@ class Work:
         os.link(self.existing("x"), self.new_name())
 
     def do_unlink(self, i: int) -> None:
-        os.unlink(self.name(f"u-{i}"))
+        os.unlink(self.name(f"u-{self.thread}-{i}"))
 
     def do_mkdir(self, _: int) -> None:
         os.mkdir(self.new_name())
@@ -240,11 +248,14 @@ class Work:
 
     def prepare(self, call: str, times: int) -> None:
         """What the calls find; another request does this."""
-        for stem in ("x", "y", "t", "r0"):
+        self.turned = False
+        os.ftruncate(self.a, 0)
+        os.ftruncate(self.a, 10_000_000)
+        for stem in ("x", "y", "t", "r"):
             self.touch(self.existing(stem))
         for i in range(times):
-            self.touch(self.name(f"u-{i}"))
-        os.close(os.open("r0", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=self.directory))
+            self.touch(self.name(f"u-{self.thread}-{i}"))
+        os.close(os.open(f"r{self.suffix}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=self.directory))
         os.lseek(self.a, 0, os.SEEK_SET)
         os.lseek(self.b, 0, os.SEEK_SET)
 
