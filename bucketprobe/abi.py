@@ -162,9 +162,10 @@ class EndEvent(ctypes.Structure):
 
 
 class OpenEvent(ctypes.Structure):
-    """A file was opened as `fd`; from now on it is generation `gen`. `n` bytes of path follow."""
+    """A file was opened as `fd`; from now on it is generation `gen`. `n` bytes of path follow, relative to `dirgen` unless
+    `dirfd` is AT_FDCWD."""
 
-    _fields_ = (("h", Header), ("gen", U64), ("ns", U64), ("tid", U32), ("fd", S32), ("flags", U32), ("dirfd", S32))
+    _fields_ = (("h", Header), ("gen", U64), ("ns", U64), ("tid", U32), ("fd", S32), ("flags", U32), ("dirfd", S32), ("dirgen", U64))
 
 
 class FileEvent(ctypes.Structure):
@@ -189,9 +190,10 @@ class FileEvent(ctypes.Structure):
 
 
 class PathEvent(ctypes.Structure):
-    """A call on paths (`what` is the PathCall). `n` bytes of the first path follow, then `n2` of the second."""
+    """A call on paths (`what` is the PathCall). `n` bytes of the first path follow, then `n2` of the second; relative ones are so
+    to a directory's generation, or to the working directory where its descriptor is AT_FDCWD. fchdir has no path but that."""
 
-    _fields_ = (("h", Header), ("ns", U64), ("tid", U32), ("n2", U32), ("dirfd", S32), ("dirfd2", S32))
+    _fields_ = (("h", Header), ("ns", U64), ("tid", U32), ("n2", U32), ("dirfd", S32), ("dirfd2", S32), ("dirgen", U64), ("dirgen2", U64))
 
 
 class ProcessEvent(ctypes.Structure):
@@ -307,7 +309,7 @@ CALLS: dict[Handler, dict[str, int]] = {
     Handler.CHANGE: {"ftruncate": 77, "fallocate": 285},
     Handler.PATH: {
         "rename": 82, "renameat": 264, "renameat2": 316, "link": 86, "linkat": 265, "unlink": 87, "unlinkat": 263, "rmdir": 84,
-        "mkdir": 83, "mkdirat": 258, "chdir": 80, "truncate": 76,
+        "mkdir": 83, "mkdirat": 258, "chdir": 80, "fchdir": 81, "truncate": 76,
     },
     Handler.DUP: {"dup": 32, "dup2": 33, "dup3": 292, "fcntl": 72},
     Handler.WAIT: {

@@ -211,11 +211,8 @@ class Agent:
                     if message["cwd"]:
                         self._tracker.learn_cwd(message["tgid"], message["cwd"])
                 case "files":
-                    for gen, fd, path, flags in message["files"]:
-                        if gen:
-                            self._tracker.learn_file(gen, path, flags)
-                        else:
-                            self._tracker.learn_directory(message["tgid"], fd, path)
+                    for gen, _fd, path, flags in message["files"]:
+                        self._tracker.learn_file(gen, path, flags)
                 case "records":
                     assert self._records is not None
                     self._records.reopen(descriptors[0])

@@ -139,22 +139,17 @@ class Broker:
         for i in range(0, len(files), FILES_PER_MESSAGE):
             wire.send(self._agent, {"op": "files", "tgid": tgid, "files": files[i : i + FILES_PER_MESSAGE]})
         for gen, fd, _, _ in files:
-            if gen:
-                value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
-                with suppress(OSError):  # the kernel met it first, or has no room: it then asks by itself, or counts it
-                    bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | fd), value, bpf.NOEXIST)
+            value = struct.pack("=QQIHH", gen, 0, abi.FileKind.FILE, 0, 0)
+            with suppress(OSError):  # the kernel met it first, or has no room: it then asks by itself, or counts it
+                bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | fd), value, bpf.NOEXIST)
         self._targets[tgid] = 1
 
     def _open_files(self, tgid: int) -> Iterator[tuple[int, int, str, int]]:
-        """A process's open files: (generation, fd, path, flags). Directories have generation 0. Ports that it listens on are noted."""
+        """A process's open files and directories: (generation, fd, path, flags). Ports that it listens on are noted."""
         for opened in target.open_files(tgid):
             if opened.state == "LISTEN" and opened.local_port:
                 self._serve(opened.local_port, abi.Port.SERVED)
-            if opened.path is None:
-                continue
-            if opened.kind == "dir":
-                yield 0, opened.fd, opened.path, opened.flags
-            elif opened.kind == "file":
+            if opened.path is not None and opened.kind in ("file", "dir"):
                 self._generations += 1
                 yield _GENERATION | self._generations, opened.fd, opened.path, opened.flags
 

@@ -26,7 +26,6 @@ MAX_PARTIAL_HEADS = 256
 MAX_REQUESTS = 4_096
 MAX_GENERATIONS = 65_536
 MAX_UNTIED = 512
-MAX_DIRECTORIES = 4_096
 #: How long an aborted request waits for its thread to finish the file work that it had begun, ns.
 GRACE_NS = 500_000_000
 
@@ -60,9 +59,10 @@ class _Work:
 class _Generation:
     kind: FileClass
     writes_sync: bool  # O_SYNC or O_DSYNC: a write is a sync
+    path: str | None
 
 
-_UNKNOWN = _Generation("other", False)
+_UNKNOWN = _Generation("other", False, None)
 
 
 class Tracker:
@@ -89,7 +89,6 @@ class Tracker:
         self._requests: OrderedDict[int, _Work] = OrderedDict()
         self._partial: OrderedDict[int, bytes] = OrderedDict()
         self._generations: OrderedDict[int, _Generation] = OrderedDict()
-        self._directories: OrderedDict[tuple[int, int], str] = OrderedDict()
         self._cwd: dict[int, str | None] = {}
         self._untied: deque[tuple[int, int, int, int]] = deque(maxlen=MAX_UNTIED)
         self._aborted: deque[Any] = deque()
@@ -122,45 +121,24 @@ class Tracker:
 
     def learn_file(self, gen: int, path: str, flags: int) -> None:
         """A file generation whose path was found in /proc."""
-        self._keep(gen, _Generation(self._classes.classify(path), bool(flags & O_DSYNC)))
+        self._keep(gen, _Generation(self._classes.classify(path), bool(flags & O_DSYNC), path))
 
     def learn_cwd(self, tgid: int, path: str) -> None:
         """A target's working directory, against which it names files."""
         self._cwd[tgid] = path
 
-    def learn_directory(self, tgid: int, fd: int, path: str) -> None:
-        """What a target holds open as `fd`: if it is a directory, files may be named against it."""
-        self._directories.pop((tgid, fd), None)
-        self._directories[tgid, fd] = path
-        while len(self._directories) > MAX_DIRECTORIES:
-            self._directories.popitem(last=False)
-
     def inherit(self, tgid: int, parent: int) -> None:
         """A process was forked: it names files as its parent did."""
         self._cwd[tgid] = self._cwd_at(parent)
-        for (owner, fd), path in list(self._directories.items()):
-            if owner == parent:
-                self.learn_directory(tgid, fd, path)
 
     def forget_process(self, tgid: int) -> None:
         """A process ended; its number may be another's next."""
         self._cwd.pop(tgid, None)
-        for owner, fd in [key for key in self._directories if key[0] == tgid]:
-            del self._directories[owner, fd]
 
     def _cwd_at(self, tgid: int) -> str | None:
         if tgid not in self._cwd:
             self._cwd[tgid] = self._cwd_of(tgid)
         return self._cwd[tgid]
-
-    def _directory_at(self, tgid: int, fd: int) -> str | None:
-        known = self._directories.get((tgid, fd))
-        if known is None:
-            found = self._path_of(tgid, fd)  # a duplicate, or older than the agent
-            if found:
-                known = found[0]
-                self.learn_directory(tgid, fd, known)
-        return known
 
     def _keep(self, gen: int, generation: _Generation) -> None:
         self._generations[gen] = generation
@@ -176,12 +154,15 @@ class Tracker:
                 self.lost["evicted"] += 1
         return work
 
-    def _resolve(self, tgid: int, dirfd: int, raw: bytes) -> str:
+    def _resolve(self, tgid: int, dirfd: int, dirgen: int, raw: bytes) -> str:
         path = raw.decode("utf-8", "surrogateescape")
         if path.startswith("/"):
             return os.path.normpath(path) if "/." in path or "//" in path else path
-        base = self._cwd_at(tgid) if dirfd == AT_FDCWD else self._directory_at(tgid, dirfd)
-        return os.path.normpath(os.path.join(base, path)) if base else path
+        base = self._cwd_at(tgid) if dirfd == AT_FDCWD else self._generations.get(dirgen, _UNKNOWN).path
+        if base is None:
+            self.lost["unnamed_path"] += 1
+            return path
+        return os.path.normpath(os.path.join(base, path))
 
     def _head(self, event: Any) -> None:
         piece = event.data[: event.n]
@@ -199,10 +180,9 @@ class Tracker:
             self.lost["partial_head"] += 1
 
     def _open(self, event: Any) -> None:
-        path = self._resolve(event.tgid, event.dirfd, event.data[: event.n])
+        path = self._resolve(event.tgid, event.dirfd, event.dirgen, event.data[: event.n])
         kind = self._classes.classify(path)
-        self._keep(event.gen, _Generation(kind, bool(event.flags & O_DSYNC)))
-        self.learn_directory(event.tgid, event.fd, path)
+        self._keep(event.gen, _Generation(kind, bool(event.flags & O_DSYNC), path))
         if event.rid:
             work = self._work(event.rid)
             work.files(kind).opens += 1
@@ -247,13 +227,13 @@ class Tracker:
             work.metadata_ns += event.write_ns + event.read_ns + event.sync_ns + event.other_ns
 
     def _path(self, event: Any) -> None:
-        first = self._resolve(event.tgid, event.dirfd, event.data[: event.n])
+        first = self._resolve(event.tgid, event.dirfd, event.dirgen, event.data[: event.n])
         if event.what == abi.PathCall.CHDIR:
             self._cwd[event.tgid] = first
             return
         kind = self._classes.classify(first)
         if event.n2:
-            second = self._resolve(event.tgid, event.dirfd2, event.data[event.n : event.n + event.n2])
+            second = self._resolve(event.tgid, event.dirfd2, event.dirgen2, event.data[event.n : event.n + event.n2])
             to = self._classes.classify(second)
             kind = to if to != "other" else kind
         work = self._requests.get(event.rid) if event.rid else None

@@ -7,6 +7,17 @@
 #define F_DUPFD_CLOEXEC 1030
 #define AT_FDCWD (-100)
 
+/* The generation of a directory that a relative path is meant against, or 0. */
+INLINE __u64 directory(__u32 tgid, __s32 dirfd)
+{
+	struct fd *f;
+
+	if (dirfd < 0)
+		return 0;
+	f = fd_of(tgid, dirfd);
+	return f && f->kind == FD_FILE ? f->object : 0;
+}
+
 /* Reads a path (and counts its NUL off); 0 where it cannot be read. */
 INLINE __u32 path_read(char *into, __u64 from)
 {
@@ -26,7 +37,7 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!t || !x || ret < 0)
 		return 0;
-	e = (void *)&x->path;
+	e = &x->open.e;
 	path = t->a1;
 	e->dirfd = t->a0;
 	e->flags = t->a2;
@@ -49,9 +60,10 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 	e->ns = t->took;
 	e->tid = pid_tgid();
 	e->fd = ret;
-	fd_set(tgid, ret, e->gen, FD_FILE, 0);
-	n = path_read((char *)(e + 1), path);
+	fd_set(tgid, ret, file_of(ret), e->gen, FD_FILE, 0);
+	n = path_read(x->open.bytes, path);
 	e->h.n = n;
+	e->dirgen = n && x->open.bytes[0] != '/' ? directory(tgid, e->dirfd) : 0;
 	BOUND(n, 2 * PATH_BYTES - 1);
 	if (n <= PATH_BYTES)
 		t->lost += emit(e, sizeof(*e) + n, ST_RING_FILE);
@@ -189,7 +201,7 @@ int on_dup(struct bpf_raw_tracepoint_args *ctx)
 	if (!f)
 		return 0;
 	f->shared = 1;
-	fd_set(tgid, ret, t->object, t->kind, 1);
+	fd_set(tgid, ret, f->file, t->object, t->kind, 1);
 	return 0;
 }
 
@@ -200,7 +212,7 @@ int on_path(struct bpf_raw_tracepoint_args *ctx)
 	struct scratch *x = scratch();
 	struct bp_path_event *e;
 	__u64 first, second = 0;
-	__u32 nr, n, n2 = 0, what;
+	__u32 tgid = pid_tgid() >> 32, nr, n, n2 = 0, what;
 
 	if (!t || !x || (long)ctx->args[1] < 0)
 		return 0;
@@ -226,6 +238,10 @@ int on_path(struct bpf_raw_tracepoint_args *ctx)
 		what = PC_MKDIR;
 	} else if (nr == NR_chdir) {
 		what = PC_CHDIR;
+	} else if (nr == NR_fchdir) {
+		e->dirfd = t->a0;
+		first = 0;
+		what = PC_CHDIR;
 	} else if (nr == NR_truncate) {
 		what = PC_TRUNCATE;
 	} else {
@@ -233,12 +249,12 @@ int on_path(struct bpf_raw_tracepoint_args *ctx)
 	}
 	e->h.kind = EV_PATH;
 	e->h.what = what;
-	e->h.tgid = pid_tgid() >> 32;
+	e->h.tgid = tgid;
 	e->h.ts = t->exit_ns;
 	e->h.rid = t->rid;
 	e->ns = t->took;
 	e->tid = pid_tgid();
-	n = path_read(x->path.bytes, first);
+	n = first ? path_read(x->path.bytes, first) : 0;
 	BOUND(n, PATH_BYTES - 1);
 	if (second) {
 		n2 = path_read(x->path.bytes + n, second);
@@ -246,6 +262,8 @@ int on_path(struct bpf_raw_tracepoint_args *ctx)
 	}
 	e->h.n = n;
 	e->n2 = n2;
+	e->dirgen = directory(tgid, e->dirfd);
+	e->dirgen2 = second ? directory(tgid, e->dirfd2) : 0;
 	t->lost += emit(e, sizeof(*e) + n + n2, ST_RING_FILE);
 	return 0;
 }

@@ -30,6 +30,7 @@ int process_exec(struct bpf_raw_tracepoint_args *ctx)
 	__u32 tgid = pid_tgid() >> 32, before = ctx->args[1];
 
 	if (is_target(tgid)) {
+		map_delete(MAP(PARENTS), &tgid);
 		fds_forget(tgid, 0, ~0U); /* those that close on exec are gone without a close; the others are looked up again */
 		if (before != tgid)
 			map_delete(MAP(THREADS), &before); /* the thread that called has the leader's number now */

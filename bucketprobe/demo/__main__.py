@@ -17,7 +17,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -43,8 +42,9 @@ START_S = 130.0
 SETTLE_S = 5.0
 STOP_S = 15.0
 
-#: How the Bucket's log says where it listens.
+#: How the logs of the Bucket and of the agent say where they listen.
 LISTENING = "listening on http://127.0.0.1:"
+SERVING = "ready: metrics on http://"
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -168,11 +168,12 @@ def _demonstrate(stack: ExitStack, options: Options, progress: Progress) -> Find
     progress.step(f"the reference Bucket ({options.model}) listens on 127.0.0.1:{port}")
 
     begin = time.monotonic()
-    listen = f"127.0.0.1:{_free_port()}"
     progress.update("compiling and attaching the probes ...")
-    agent = Child("agent", "bucketprobe.cli", _agent_arguments(port, listen, folder), folder)
+    agent = Child("agent", "bucketprobe.cli", _agent_arguments(port, folder), folder)
     stack.callback(agent.stop)
-    agent.await_start(lambda: _ready(listen))
+    agent.await_start(lambda: SERVING in agent.log())
+    base = "http://" + agent.log().partition(SERVING)[2].partition("/")[0]
+    agent.await_start(lambda: _ready(base))
     progress.clear()
     progress.step(f"the agent observes it, {time.monotonic() - begin:.1f} s after its start, the probes compiled anew")
 
@@ -187,7 +188,7 @@ def _demonstrate(stack: ExitStack, options: Options, progress: Progress) -> Find
     usage = {name: _used(before[name], _usage(pid)) for name, pid in processes.items()}
     captured, end = capturing.result()
     _settle(folder / "run")
-    metrics = _get(f"http://{listen}/metrics")
+    metrics = _get(f"{base}/metrics")
     agent.stop()
     return Findings(options, result, metrics, captured, end, _lines(folder / "client.jsonl"), _lines(folder / "records.jsonl"), usage)
 
@@ -201,21 +202,16 @@ def _folder() -> Path:
     return folder
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _agent_arguments(port: int, listen: str, folder: Path) -> list[str]:
+def _agent_arguments(port: int, folder: Path) -> list[str]:
     return [
-        "run", "--port", str(port), "--listen", listen, "--storage-root", f"{folder}/bucket", "--metadata", "meta/**",
+        "run", "--port", str(port), "--listen", "127.0.0.1:0", "--storage-root", f"{folder}/bucket", "--metadata", "meta/**",
         "--records", f"{folder}/records.jsonl", "--run-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache",
     ]  # fmt: skip
 
 
-def _ready(listen: str) -> bool:
+def _ready(base: str) -> bool:
     try:
-        return bool(_get(f"http://{listen}/readyz"))
+        return bool(_get(f"{base}/readyz"))
     except OSError:
         return False
 

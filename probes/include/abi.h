@@ -185,6 +185,7 @@ enum { /* maps */
 #define NR_mkdir 83
 #define NR_mkdirat 258
 #define NR_chdir 80
+#define NR_fchdir 81
 #define NR_truncate 76
 #define NR_dup 32
 #define NR_dup2 33
@@ -282,8 +283,9 @@ struct bp_open_event {
 	__s32 fd;
 	__u32 flags;
 	__s32 dirfd;
+	__u64 dirgen;
 };
-_Static_assert(sizeof(struct bp_open_event) == 56, "bp_open_event");
+_Static_assert(sizeof(struct bp_open_event) == 64, "bp_open_event");
 _Static_assert(__builtin_offsetof(struct bp_open_event, h) == 0, "bp_open_event.h");
 _Static_assert(__builtin_offsetof(struct bp_open_event, gen) == 24, "bp_open_event.gen");
 _Static_assert(__builtin_offsetof(struct bp_open_event, ns) == 32, "bp_open_event.ns");
@@ -291,6 +293,7 @@ _Static_assert(__builtin_offsetof(struct bp_open_event, tid) == 40, "bp_open_eve
 _Static_assert(__builtin_offsetof(struct bp_open_event, fd) == 44, "bp_open_event.fd");
 _Static_assert(__builtin_offsetof(struct bp_open_event, flags) == 48, "bp_open_event.flags");
 _Static_assert(__builtin_offsetof(struct bp_open_event, dirfd) == 52, "bp_open_event.dirfd");
+_Static_assert(__builtin_offsetof(struct bp_open_event, dirgen) == 56, "bp_open_event.dirgen");
 
 struct bp_file_event {
 	struct bp_header h;
@@ -331,14 +334,18 @@ struct bp_path_event {
 	__u32 n2;
 	__s32 dirfd;
 	__s32 dirfd2;
+	__u64 dirgen;
+	__u64 dirgen2;
 };
-_Static_assert(sizeof(struct bp_path_event) == 48, "bp_path_event");
+_Static_assert(sizeof(struct bp_path_event) == 64, "bp_path_event");
 _Static_assert(__builtin_offsetof(struct bp_path_event, h) == 0, "bp_path_event.h");
 _Static_assert(__builtin_offsetof(struct bp_path_event, ns) == 24, "bp_path_event.ns");
 _Static_assert(__builtin_offsetof(struct bp_path_event, tid) == 32, "bp_path_event.tid");
 _Static_assert(__builtin_offsetof(struct bp_path_event, n2) == 36, "bp_path_event.n2");
 _Static_assert(__builtin_offsetof(struct bp_path_event, dirfd) == 40, "bp_path_event.dirfd");
 _Static_assert(__builtin_offsetof(struct bp_path_event, dirfd2) == 44, "bp_path_event.dirfd2");
+_Static_assert(__builtin_offsetof(struct bp_path_event, dirgen) == 48, "bp_path_event.dirgen");
+_Static_assert(__builtin_offsetof(struct bp_path_event, dirgen2) == 56, "bp_path_event.dirgen2");
 
 struct bp_process_event {
 	struct bp_header h;

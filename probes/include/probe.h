@@ -110,6 +110,7 @@ struct thread {
 /* fds: key = tgid << 32 | fd; from open, accept, dup or first use until close. */
 struct fd {
 	__u64 object; /* FD_SOCKET: the socket; FD_FILE: the generation */
+	__u64 file;   /* the kernel's file, where it is known: the same for all descriptors that were inherited or duplicated */
 	__u32 kind;
 	__u16 not_served; /* FD_SOCKET: no connection of the service */
 	__u16 shared;     /* FD_FILE: other descriptors name the same generation */
@@ -142,6 +143,10 @@ struct scratch {
 		struct bp_head_event e;
 		unsigned char bytes[HEAD_BYTES];
 	} head;
+	struct {
+		struct bp_open_event e;
+		char bytes[PATH_BYTES];
+	} open;
 	struct {
 		struct bp_path_event e;
 		char bytes[2 * PATH_BYTES];
@@ -271,6 +276,7 @@ INLINE __u64 file_of(__u32 fd)
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define S_IFREG 0100000
+#define S_IFDIR 0040000
 
 /* What a descriptor is; looked up in the kernel's own table the first time that it is met. */
 INLINE struct fd *fd_of(__u32 tgid, __u64 number)
@@ -290,10 +296,11 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 	}
 	type = kernel_short(kernel_word(file + OFF_FILE_INODE) + OFF_INODE_MODE) & S_IFMT;
 	found.kind = FD_OTHER;
+	found.file = file;
 	if (type == S_IFSOCK) {
 		found.kind = FD_SOCKET;
 		found.object = kernel_word(kernel_word(file + OFF_FILE_PRIVATE) + OFF_SOCKET_SK);
-	} else if (type == S_IFREG) {
+	} else if (type == S_IFREG || type == S_IFDIR) {
 		__u32 *parent = map_lookup(MAP(PARENTS), &tgid);
 		struct fd *inherited = 0;
 
@@ -303,7 +310,7 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 			inherited = map_lookup(MAP(FDS), &parent_key);
 		}
 		found.kind = FD_FILE;
-		if (inherited && inherited->kind == FD_FILE) {
+		if (inherited && inherited->kind == FD_FILE && inherited->file == file) {
 			found.object = inherited->object;
 			found.shared = 1;
 			inherited->shared = 1;
@@ -341,12 +348,13 @@ INLINE void fds_forget(__u32 tgid, __u32 first, __u32 last)
 	}
 }
 
-INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind, __u32 shared)
+INLINE void fd_set(__u32 tgid, __u64 number, __u64 file, __u64 object, __u32 kind, __u32 shared)
 {
 	__u64 key = fd_key(tgid, number);
 	struct fd value = {};
 
 	value.object = object;
+	value.file = file;
 	value.kind = kind;
 	value.shared = shared;
 	if (map_update(MAP(FDS), &key, &value, 0))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -108,10 +109,11 @@ def bench(plan: Plan, options: argparse.Namespace) -> int:
         rig = Rig(Path(room), Path(store).resolve(), plan, progress)
         program.compiled(str(rig.cache), progress)
         parts = measure(options.only, rig)
-    host |= {"quick": plan is QUICK, "seconds": round(time.monotonic() - begin)}
+    host |= {"quick": plan is QUICK, "seconds": round(time.monotonic() - begin), "load_average_after": os.getloadavg()[0]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document(parts, host), indent=1) + "\n")
-    print(f"{host['cpu']}, {host['cpus']} CPUs, Linux {host['kernel']}, load average {host['load_average']:.1f} at the start\n")
+    print(f"{host['cpu']}, {host['cpus']} CPUs, Linux {host['kernel']}, revision {host['revision']}")
+    print(f"load average {host['load_average']:.1f} before and {host['load_average_after']:.1f} after; the bench alone makes some 3\n")
     print(table(parts))
     print(f"\nAll samples: {options.out}")
     return int(any(part.error for part in parts))

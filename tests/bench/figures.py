@@ -129,7 +129,7 @@ def table(parts: Sequence[Part]) -> str:
         lines += ["", f"{part.name}: {part.note}" if part.note else part.name]
         if part.disturbed:
             lines.append(
-                f"  ({part.disturbed} of {part.pairs} pairs: another program traced system calls, too; the agent costs more than this)"
+                f"  ({part.disturbed} of {part.pairs} pairs: another program traced system calls, too; the agent may cost more than this)"
             )
         if part.error:
             lines.append(f"  failed: {part.error}")

@@ -53,7 +53,7 @@ def measure_case(rig: Rig, part: Part, model: str, size: int) -> None:
     part.add(f"{name}: server CPU per request", "on/off", ratios(server))
     part.add(f"{name}: server CPU per request, added", "us", differences(server))
     part.add(f"{name}: agent + broker CPU", "ms per 1,000 requests", [on.agent_ms for _, on in pairs])
-    part.add(f"{name}: requests reported", "%", [on.reported_pct for _, on in pairs])
+    part.add(f"{name}: requests with a record", "%", [on.reported_pct for _, on in pairs])
     part.add(f"{name}: losses counted", "per arm", [on.lost for _, on in pairs])
     part.add(f"{name}: requests per second, agent off", "1/s", [off for off, _ in rates])
     part.add(f"{name}: server CPU per request, agent off", "us", [off for off, _ in server])

@@ -33,11 +33,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def options_table() -> str:
     """The keys of the configuration with their options, limits and defaults, from config.KEYS and the command line's help."""
-    meanings = {option: parameter.help for parameter in cli.run.params if isinstance(parameter, click.Option) for option in parameter.opts}
-    rows = []
-    for key in KEYS:
-        meaning = re.sub(r" \[.*\]$", "", meanings[key.option] or "")
-        rows.append((f"`[{key.table}]`", f"`{key.name}`", f"`{key.option}`", meaning, key.allowed.replace("|", "\\|"), default(key.table, key.name)))
+    options = [parameter for parameter in cli.run.params if isinstance(parameter, click.Option)]
+    meanings = {name: re.sub(r" \[.*\]$", "", option.help or "") for option in options for name in option.opts}
+    rows = [
+        (f"`[{key.table}]`", f"`{key.name}`", f"`{key.option}`", meanings[key.option], key.allowed, default(key.table, key.name))
+        for key in KEYS
+    ]
     return table(("table", "key", "option", "meaning", "what may be given", "default"), rows)
 
 

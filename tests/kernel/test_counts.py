@@ -127,6 +127,15 @@ def test_calls_on_files(done: dict[tuple[str, str], Done], call: str, place: str
     done[call, place].check()
 
 
+@pytest.mark.parametrize("call", ["directories", "directory_duplicates"])
+def test_names_relative_to_directories_whose_number_is_used_again(asker: Asker, call: str) -> None:
+    result = asker.do(call, 13, "storage")
+    moved = json.loads(result.answer)["bytes"]
+    record = result.record
+    expected = {**ZERO, "opens": 13 * 4, "write_calls": 13 * 2, "write_bytes": moved}
+    assert (record["files"], record["other_files"], record["metadata_files"]) == (expected, expected, ZERO)
+
+
 @pytest.mark.parametrize("call", PHASES)
 def test_time_on_files_is_its_phase(done: dict[tuple[str, str], Done], call: str) -> None:
     """Also of calls that are not counted. Metadata files have a phase of their own, other files none."""

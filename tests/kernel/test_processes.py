@@ -156,6 +156,20 @@ def test_file_of_the_parent_used_by_the_child(start_agent: StartAgent, base: Pat
             assert record["files"] == {**NO_FILES, "write_calls": 1, "write_bytes": i + 1}
 
 
+def test_number_of_a_file_means_another_one_in_the_child(start_agent: StartAgent, base: Path, unique_id: NewId) -> None:
+    """After the fork the parent closes the file, and opens another one elsewhere by the same number: the child's writes go to the first."""
+    port = free_port()
+    with Service(port, base, "swap"):
+        agent = start_agent("--port", str(port), *for_storage(base))
+        with agent.exactly(5) as records:
+            for i in range(5):
+                with Client(port) as client:
+                    put(client, unique_id(), b"l" * (i + 1), "/log")
+                time.sleep(0.2)
+        for i, record in enumerate(records):
+            assert (record["files"], record["other_files"]) == ({**NO_FILES, "write_calls": 1, "write_bytes": i + 1}, NO_FILES)
+
+
 # Exec
 
 

@@ -38,7 +38,7 @@ def percent(name: str, digits: int) -> Callable[[Numbers], str]:
 
 
 def microseconds(name: str) -> Callable[[Numbers], str]:
-    return lambda scores: " / ".join(f"{scores[f'{name}_us_{point}']:,.0f}" for point in ("p50", "p99", "max")) + " µs"
+    return lambda scores: " / ".join(f"{scores[f'{name}_us_{point}']:,.0f}" for point in ("p50", "p99")) + " µs"
 
 
 def promised_percent(name: str) -> Callable[[Numbers], str]:
@@ -58,9 +58,9 @@ ROWS: tuple[tuple[str, Callable[[Numbers], str], Callable[[Numbers], str]], ...]
     ("storage bytes read, on the wrong request or on none", lambda goals: f"{goals['read_wrong_bytes']} B", misplaced("read")),
     ("error of the duration, median", promised_percent("duration_error_p50"), percent("duration_error_p50", 3)),
     ("error of the duration, p99", promised_percent("duration_error_p99"), percent("duration_error_p99", 2)),
-    ("error of the duration, p50 / p99 / max", lambda _: "", microseconds("duration_error")),
-    ("error of the start, p50 / p99 / max", lambda _: "", microseconds("start_error")),
-    ("error of the end, p50 / p99 / max", lambda _: "", microseconds("end_error")),
+    ("error of the duration, p50 / p99", lambda _: "", microseconds("duration_error")),
+    ("error of the start, p50 / p99", lambda _: "", microseconds("start_error")),
+    ("error of the end, p50 / p99", lambda _: "", microseconds("end_error")),
     ("phases' sum against the duration, worst", promised_percent("phase_sum_error_max"), percent("phase_sum_error_max", 4)),
 )
 

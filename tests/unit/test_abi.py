@@ -31,8 +31,7 @@ def test_every_event_begins_with_the_header() -> None:
 
 def test_a_captured_piece_fits_its_length_field() -> None:
     largest = (1 << 8 * abi.Header.n.size) - 1
-    assert abi.HEAD_BYTES <= largest
-    assert abi.PATH_BYTES <= largest
+    assert max(abi.HEAD_BYTES, abi.PATH_BYTES) <= largest
 
 
 def test_outcomes_are_the_models_in_its_order() -> None:
@@ -72,6 +71,6 @@ def test_the_header_names_every_place_once() -> None:
     text = abi.render_header()
     names = re.findall(r"^\t([A-Z]+_[A-Z0-9_]+) = -?\d+,$", text, re.M) + re.findall(r"^#define (\w+) ", text, re.M)
     assert len(set(names)) == len(names)
-    for name in ("EV_HEAD", "END_UNOBSERVED", "RF_MOVED", "PC_RENAME", "PR_EXIT", "FD_SOCKET", "ST_RING_END", "H_FRAME", "MAP_CONNS", "NR_fsync"):
-        assert name in names
+    prefixes = {"EV", "DIR", "END", "RF", "PC", "PR", "FD", "ST", "PORT", "CFG", "H", "MAP", "NR"}
+    assert prefixes == {name.split("_")[0] for name in names} - {"PATH", "HEAD"}
     assert text.count("_Static_assert(sizeof(struct ") == len(STRUCTURES)

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bucketprobe import abi, bpf
@@ -78,6 +78,7 @@ def test_records_come_in_order_and_their_room_is_given_back(fake: FakeRing) -> N
     ring.close()
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=700), max_size=60), st.lists(st.integers(1, 10), min_size=1, max_size=5))
 def test_any_records_come_whole_across_the_end_of_the_ring(records: list[bytes], limits: list[int]) -> None:
     fake = FakeRing(PAGE)
@@ -190,13 +191,13 @@ def test_what_a_map_refuses_has_the_kernels_errno(make_map: Callable[..., int]) 
     bpf.map_update(fd, number(1), number(1))
     with pytest.raises(FileExistsError):
         bpf.map_update(fd, number(1), number(2), bpf.NOEXIST)
-    with pytest.raises(OSError, match=".") as full:
+    with pytest.raises(OSError, match=r".+") as full:
         bpf.map_update(fd, number(2), number(2))
     assert full.value.errno == errno.E2BIG
-    with pytest.raises(OSError, match=".") as closed:
+    with pytest.raises(OSError, match=r".+") as closed:
         bpf.map_lookup(1 << 20, number(1), 4)
     assert closed.value.errno == errno.EBADF
-    with pytest.raises(OSError, match=".") as nonsense:
+    with pytest.raises(OSError, match=r".+") as nonsense:
         bpf.map_create(abi.HASH, 0, 0, 0)
     assert nonsense.value.errno == errno.EINVAL
 

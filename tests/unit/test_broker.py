@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,6 @@ def start(cache_dir: str) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
         talk.end.close()
         _, errors = process.communicate(timeout=SECONDS)
         assert (process.returncode, errors) == (0, "")
-
-
 
 
 # --- On the kernel -----------------------------------------------------------------------------------------------
@@ -326,14 +323,27 @@ def test_the_settings_go_first_and_messages_before_ready_are_kept(monkeypatch: p
         got.append(settings)
         wire.send(end, {"op": "process", "tgid": 1})
         wire.send(end, {"op": "ready"})
+        wire.receive(end)
 
     FakeBroker(monkeypatch, serve)
     agent = link.BrokerLink(SETTINGS)
     assert agent.await_ready() == ({"op": "ready"}, [])
     assert Settings.from_dict(json.loads(json.dumps(got[0]))) == SETTINGS
+    first, *rest = agent.messages()
+    assert (first, rest) == (({"op": "process", "tgid": 1}, []), [])
+    agent.close()
+
+
+def test_a_broker_that_ends_while_the_agent_runs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeBroker(monkeypatch, lambda end, _: wire.send(end, {"op": "ready"}))
+    agent = link.BrokerLink(SETTINGS)
+    agent.await_ready()
+    agent.close()
+    agent = link.BrokerLink(SETTINGS)
+    agent.await_ready()
+    select.select([agent.socket], [], [], SECONDS)
     with pytest.raises(BucketprobeError, match="The broker ended"):
-        while True:
-            agent.messages()
+        agent.messages()
     agent.close()
 
 

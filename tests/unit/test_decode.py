@@ -5,7 +5,7 @@ import ctypes
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bucketprobe import abi, decode
@@ -38,6 +38,7 @@ def encode(kind: abi.Kind, given_values: dict[str, int]) -> bytes:
 
 @pytest.mark.parametrize("kind", abi.Kind)
 def test_every_kind_round_trips(kind: abi.Kind) -> None:
+    @settings(deadline=None)
     @given(values(kind), st.binary(max_size=600))
     def check(drawn: dict[str, int], data: bytes) -> None:
         event = decode.decode(encode(kind, drawn) + data)
@@ -61,6 +62,7 @@ def test_a_record_of_no_known_kind_is_refused(record: bytes) -> None:
         decode.decode(record)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(abi.Kind))
 def test_any_bytes_are_an_event_or_refused(record: bytes, kind: abi.Kind) -> None:
     for each in (record, bytes([kind]) + record):

@@ -13,6 +13,7 @@ import struct
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import h11
@@ -98,7 +99,7 @@ def framing(tmp_path_factory: pytest.TempPathFactory) -> Framing:
 
 def cut(stream: bytes, at: Sequence[int]) -> list[bytes]:
     places = [0, *sorted({place % (len(stream) + 1) for place in at}), len(stream)]
-    return [stream[a:b] for a, b in zip(places, places[1:], strict=False) if a < b]
+    return [stream[a:b] for a, b in pairwise(places) if a < b]
 
 
 def bytewise(stream: bytes) -> list[bytes]:

@@ -167,6 +167,9 @@ def test_the_end_is_the_earliest_of_three_stamps(world: Any, late: set[str], by:
     assert score.score(*world)[f"true_ends_told_by_{by}"] == 2
     records[1]["end_ns"] -= 30_000
     assert errors_us(world)[1] == 30
+    assert score.score(*world)["end_too_late_us_max"] == 0
+    records[1]["end_ns"] += 50_000
+    assert score.score(*world)["end_too_late_us_max"] == 20
 
 
 @pytest.mark.parametrize("change", [{"tx_ns": None}, {"rx_ns": None}, {"tx_ns": 200_989_000}, {"rx_ns": 211_050_001}])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bucketprobe import abi, decode, tracker
@@ -40,11 +40,17 @@ class World:
         self.done: list[Request] = []
         self.open_before: dict[tuple[int, int], tuple[str, int]] = {}
         self.asked: list[tuple[int, int]] = []
-        self.tracker = tracker.Tracker(FileClasses(ROOT, realpath=lambda path: path), lambda ns: WALL + ns, self._path_of, self.done.append)
+        self.cwd_before: dict[int, str] = {}
+        classes = FileClasses(ROOT, realpath=lambda path: path)
+        self.tracker = tracker.Tracker(classes, lambda ns: WALL + ns, self._path_of, self._cwd_of, self.done.append)
 
     def _path_of(self, tgid: int, fd: int) -> tuple[str, int] | None:
         self.asked.append((tgid, fd))
         return self.open_before.get((tgid, fd))
+
+    def _cwd_of(self, tgid: int) -> str | None:
+        self.asked.append((tgid, tracker.AT_FDCWD))
+        return self.cwd_before.get(tgid)
 
     def head(self, data: bytes = PUT, rid: int = RID, direction: abi.Direction = abi.Direction.REQUEST, last: bool = True) -> None:
         self.tracker.feed(event(abi.Kind.HEAD, data, rid=rid, what=direction, n=len(data), conn=7, last=int(last)))
@@ -268,6 +274,29 @@ def test_a_descriptor_that_was_a_directory_is_the_next_file(world: World) -> Non
     assert opened_as(world, 3) == "other_files"
 
 
+def test_a_working_directory_of_which_nothing_was_told_is_asked_for_once(world: World) -> None:
+    world.cwd_before[TGID] = "/srv/bucket"
+    world.head()
+    for gen in (1, 2):
+        world.open("a", gen, tgid=TGID)
+        world.open("a", gen + 10, tgid=TGID + 1)
+    request = world.finished()
+    assert (request.files.opens, request.other_files.opens) == (2, 2)
+    assert world.asked == [(TGID, tracker.AT_FDCWD), (TGID + 1, tracker.AT_FDCWD)]
+
+
+def test_a_child_names_files_as_its_parent_did(world: World) -> None:
+    world.tracker.learn_cwd(TGID, "/srv/bucket")
+    world.tracker.inherit(TGID + 1, TGID)
+    world.path(abi.PathCall.CHDIR, "/tmp", rid=0)
+    world.head()
+    world.open("a", 1, tgid=TGID + 1)
+    world.open("a", 2)
+    request = world.finished()
+    assert (request.files.opens, request.other_files.opens) == (1, 1)
+    assert world.asked == []
+
+
 def test_a_path_relative_to_something_unknown_is_another_file(world: World) -> None:
     world.head()
     world.open("bucket/a", 1, dirfd=77)
@@ -478,6 +507,7 @@ def test_events_of_processes_are_not_for_the_tracker(world: World) -> None:
 TIMES = st.one_of(st.integers(0, 200), st.integers(0, 1 << 40))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 40), st.lists(TIMES, min_size=9, max_size=9), st.integers(0, 63))
 def test_phases_sum_to_the_duration_whatever_overlaps(duration: int, times: list[int], flags: int) -> None:
     world = World()

@@ -3,13 +3,15 @@
 
     service.py PORT BASE [MODEL] [RELATIVE]
 
-MODEL: `threads` (one per connection), `fork` (a process per connection), `prefork` (three processes accept), `exec` (as threads; at
+MODEL: `threads` (one per connection), `fork` (a process per connection), `swap` (the same, but the parent has closed its log, and opened another
+file by that number, before the child begins), `prefork` (three processes accept), `exec` (as threads; at
 `/exec` it becomes a fresh program that keeps the listening socket). RELATIVE: it works in BASE/storage and names files relative to it.
 
     PUT /store/NAME       body to BASE/storage/NAME (open, write of at most 64 KiB at a time, fsync), 201
     GET /store/NAME       the file, 200
     PUT /log              body appended to BASE/storage/service.log, which was opened at the start, 200
     PUT /cycle/N          N times: body to a fresh file under storage, the same number then a socket and a file elsewhere; all closed, 200
+    PUT /files/N          N times: body to a file under storage (open, write, close), 200
     GET /pid              the process id, 200
     GET /exec             200; then exec
 """
@@ -21,6 +23,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 
 def main() -> None:
@@ -49,15 +52,22 @@ class Service:
         self.log = os.open(os.path.join(root, "service.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def serve(self, model: str) -> None:
-        if model == "fork":
+        if model in ("fork", "swap"):
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             connection, _ = self.listener.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if model == "fork":
+            if model in ("fork", "swap"):
+                ready, go = os.pipe()
                 if os.fork() == 0:
+                    os.read(ready, 1)
                     self.talk(connection)
                     os._exit(0)
+                if model == "swap":
+                    self.swap_log()
+                os.write(go, b"!")
+                os.close(ready)
+                os.close(go)
                 connection.close()
             else:
                 threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
@@ -98,6 +108,12 @@ class Service:
         if what == "log":
             os.write(self.log, body)
             return 200, b"logged"
+        if what == "files":
+            for i in range(int(rest[0])):
+                fd = os.open(os.path.join(self.root, f"file-{i}"), os.O_WRONLY | os.O_CREAT, 0o644)
+                os.write(fd, body)
+                os.close(fd)
+            return 200, b"filed"
         if what == "cycle":
             for i in range(int(rest[0])):
                 self.cycle(i, body)
@@ -136,6 +152,20 @@ class Service:
         os.read(out, 4)
         os.close(out)
         os.close(into)
+
+    def swap_log(self) -> None:
+        """The log's number is another file's for some time, in this process only."""
+        number = self.log
+        os.close(number)
+        decoy = os.open(os.path.join(self.base, "elsewhere", "decoy"), os.O_WRONLY | os.O_CREAT, 0o644)
+        assert decoy == number
+        os.write(decoy, b"decoy")
+        threading.Thread(target=self.swap_back, args=(decoy,)).start()
+
+    def swap_back(self, decoy: int) -> None:
+        time.sleep(0.1)
+        os.close(decoy)
+        self.log = os.open(os.path.join(self.root, "service.log"), os.O_WRONLY | os.O_APPEND)
 
     def become(self) -> None:
         os.set_inheritable(self.listener.fileno(), True)

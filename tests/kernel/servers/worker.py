@@ -246,6 +246,33 @@ class Work:
         os.close(into)
         return moved
 
+    # directories: the same number is one in turn under the storage root and elsewhere
+
+    def files_in(self, directory: int, name: str) -> int:
+        fd = os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=directory)
+        moved = os.write(fd, b"relative")
+        os.close(fd)
+        return moved
+
+    def do_directories(self, i: int) -> int:
+        """Two opens in the folder and two elsewhere, two writes each; how a directory is opened alternates."""
+        moved = 0
+        for folder in (self.folder, f"{self.folder}/../elsewhere") * 2:
+            directory = os.open(folder, os.O_RDONLY | (os.O_DIRECTORY if i % 2 else 0))
+            moved += self.files_in(directory, f"relative{self.suffix}")
+            os.close(directory)
+        return moved // 2
+
+    def do_directory_duplicates(self, _: int) -> int:
+        moved = 0
+        for folder in (self.folder, f"{self.folder}/../elsewhere") * 2:
+            directory = os.open(folder, os.O_RDONLY)
+            duplicate = os.dup(directory)
+            os.close(directory)
+            moved += self.files_in(duplicate, f"relative{self.suffix}")
+            os.close(duplicate)
+        return moved // 2
+
     def prepare(self, call: str, times: int) -> None:
         """What the calls find; another request does this."""
         self.turned = False
