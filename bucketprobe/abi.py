@@ -249,7 +249,6 @@ MAPS: tuple[Map, ...] = (
     Map("conns", HASH, 8, "struct conn", 4_096),
     Map("fds", HASH, 8, "struct fd", 65_536),
     Map("work", HASH, 16, "struct work", 16_384),
-    Map("parents", HASH, 4, 4, 16_384),
     Map("scratch", PERCPU_ARRAY, 4, "struct scratch", 2),
 )
 

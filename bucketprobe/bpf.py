@@ -182,7 +182,9 @@ class Ring:
         self.size = size
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
         self._data = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
-        self._position: int = struct.unpack_from("=Q", self._consumer, 0)[0]
+        # One store of eight bytes: struct.pack_into zeroes the place first, and a kernel that reads the zero sees a full ring.
+        self._consumed = memoryview(self._consumer).cast("Q")
+        self._position: int = self._consumed[0]
 
     def backlog(self) -> int:
         """Bytes that wait to be read."""
@@ -205,9 +207,10 @@ class Ring:
                 records.append(data[at + 8 : at + 8 + length])
             position += (length + 15) & ~7
         self._position = position
-        struct.pack_into("=Q", self._consumer, 0, position)
+        self._consumed[0] = position
         return records
 
     def close(self) -> None:
+        self._consumed.release()
         self._consumer.close()
         self._data.close()

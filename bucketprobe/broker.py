@@ -139,7 +139,7 @@ class Broker:
         for i in range(0, len(files), FILES_PER_MESSAGE):
             wire.send(self._agent, {"op": "files", "tgid": tgid, "files": files[i : i + FILES_PER_MESSAGE]})
         for gen, fd, _, _ in files:
-            value = struct.pack("=QQIHH", gen, 0, abi.FileKind.FILE, 0, 0)
+            value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
             with suppress(OSError):  # the kernel met it first, or has no room: it then asks by itself, or counts it
                 bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | fd), value, bpf.NOEXIST)
         self._targets[tgid] = 1

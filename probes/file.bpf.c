@@ -60,7 +60,7 @@ int on_open(struct bpf_raw_tracepoint_args *ctx)
 	e->ns = t->took;
 	e->tid = pid_tgid();
 	e->fd = ret;
-	fd_set(tgid, ret, file_of(ret), e->gen, FD_FILE, 0);
+	fd_set(tgid, ret, e->gen, FD_FILE, 0);
 	n = path_read(x->open.bytes, path);
 	e->h.n = n;
 	e->dirgen = n && x->open.bytes[0] != '/' ? directory(tgid, e->dirfd) : 0;
@@ -201,7 +201,7 @@ int on_dup(struct bpf_raw_tracepoint_args *ctx)
 	if (!f)
 		return 0;
 	f->shared = 1;
-	fd_set(tgid, ret, f->file, t->object, t->kind, 1);
+	fd_set(tgid, ret, t->object, t->kind, 1);
 	return 0;
 }
 

@@ -8,6 +8,7 @@ int process_fork(struct bpf_raw_tracepoint_args *ctx)
 	__u32 parent = pid_tgid() >> 32;
 	__u32 child = kernel_half(ctx->args[1] + OFF_TASK_TGID);
 	unsigned char *byte;
+	__u32 i, size;
 
 	if (child == parent)
 		return 0; /* a thread */
@@ -19,8 +20,21 @@ int process_fork(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	}
 	*byte = 1;
-	map_update(MAP(PARENTS), &child, &parent, 0);
 	emit_process(PR_FORK, child, parent);
+	size = fds_size();
+#pragma clang loop unroll(disable)
+	for (i = 0; i < FDS_AT_ONCE; i++) {
+		__u64 key = fd_key(parent, i);
+		struct fd *f;
+
+		if (i >= size)
+			break;
+		f = map_lookup(MAP(FDS), &key);
+		if (!f)
+			continue;
+		f->shared = 1;
+		fd_set(child, i, f->object, f->kind, 1);
+	}
 	return 0;
 }
 
@@ -30,7 +44,6 @@ int process_exec(struct bpf_raw_tracepoint_args *ctx)
 	__u32 tgid = pid_tgid() >> 32, before = ctx->args[1];
 
 	if (is_target(tgid)) {
-		map_delete(MAP(PARENTS), &tgid);
 		fds_forget(tgid, 0, ~0U); /* those that close on exec are gone without a close; the others are looked up again */
 		if (before != tgid)
 			map_delete(MAP(THREADS), &before); /* the thread that called has the leader's number now */
@@ -45,7 +58,7 @@ int process_exec(struct bpf_raw_tracepoint_args *ctx)
 int process_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 id = pid_tgid();
-	__u32 tgid = id >> 32, tid = id;
+	__u32 tgid = id >> 32, tid = id, i, size;
 	struct thread *t;
 
 	if (!is_target(tgid))
@@ -56,9 +69,23 @@ int process_exit(struct bpf_raw_tracepoint_args *ctx)
 			work_flush(t);
 		map_delete(MAP(THREADS), &tid);
 	}
-	if (!kernel_half(kernel_word(current_task() + OFF_TASK_SIGNAL) + OFF_SIGNAL_LIVE)) { /* the last thread */
-		map_delete(MAP(PARENTS), &tgid);
-		emit_process(PR_EXIT, tgid, 0);
+	if (kernel_half(kernel_word(current_task() + OFF_TASK_SIGNAL) + OFF_SIGNAL_LIVE))
+		return 0; /* other threads go on */
+	size = fds_size();
+#pragma clang loop unroll(disable)
+	for (i = 0; i < FDS_AT_ONCE; i++) {
+		__u64 key = fd_key(tgid, i);
+		struct fd *f;
+
+		if (i >= size)
+			break;
+		f = map_lookup(MAP(FDS), &key);
+		if (!f)
+			continue;
+		if (f->kind == FD_FILE)
+			work_emit(0, f->object, 0, !f->shared);
+		map_delete(MAP(FDS), &key);
 	}
+	emit_process(PR_EXIT, tgid, 0);
 	return 0;
 }

@@ -309,7 +309,7 @@ int on_accept(struct bpf_raw_tracepoint_args *ctx)
 	if (!file)
 		return 0;
 	sk = kernel_word(kernel_word(file + OFF_FILE_PRIVATE) + OFF_SOCKET_SK);
-	fd_set(tgid, ret, file, sk, FD_SOCKET, 0);
+	fd_set(tgid, ret, sk, FD_SOCKET, 0);
 	family = kernel_short(sk + OFF_SOCK_FAMILY);
 	if (family != AF_INET && family != AF_INET6)
 		return 0;

@@ -138,8 +138,7 @@ enum { /* maps */
 	MAP_CONNS = 1008,
 	MAP_FDS = 1009,
 	MAP_WORK = 1010,
-	MAP_PARENTS = 1011,
-	MAP_SCRATCH = 1012,
+	MAP_SCRATCH = 1011,
 };
 
 #define NR_read 0

@@ -110,7 +110,6 @@ struct thread {
 /* fds: key = tgid << 32 | fd; from open, accept, dup or first use until close. */
 struct fd {
 	__u64 object; /* FD_SOCKET: the socket; FD_FILE: the generation */
-	__u64 file;   /* the kernel's file, where it is known: the same for all descriptors that were inherited or duplicated */
 	__u32 kind;
 	__u16 not_served; /* FD_SOCKET: no connection of the service */
 	__u16 shared;     /* FD_FILE: other descriptors name the same generation */
@@ -296,72 +295,27 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 	}
 	type = kernel_short(kernel_word(file + OFF_FILE_INODE) + OFF_INODE_MODE) & S_IFMT;
 	found.kind = FD_OTHER;
-	found.file = file;
 	if (type == S_IFSOCK) {
 		found.kind = FD_SOCKET;
 		found.object = kernel_word(kernel_word(file + OFF_FILE_PRIVATE) + OFF_SOCKET_SK);
 	} else if (type == S_IFREG || type == S_IFDIR) {
-		__u32 *parent = map_lookup(MAP(PARENTS), &tgid);
-		struct fd *inherited = 0;
+		struct bp_unknown_fd_event e = {};
 
-		if (parent) {
-			__u64 parent_key = fd_key(*parent, number);
-
-			inherited = map_lookup(MAP(FDS), &parent_key);
-		}
 		found.kind = FD_FILE;
-		if (inherited && inherited->kind == FD_FILE && inherited->file == file) {
-			found.object = inherited->object;
-			found.shared = 1;
-			inherited->shared = 1;
-		} else {
-			struct bp_unknown_fd_event e = {};
-
-			found.object = unique();
-			e.h.kind = EV_UNKNOWN_FD;
-			e.h.tgid = tgid;
-			e.h.ts = ktime_ns();
-			e.gen = found.object;
-			e.fd = number;
-			emit(&e, sizeof(e), ST_RING_PROCESS);
-		}
+		found.object = unique();
+		e.h.kind = EV_UNKNOWN_FD;
+		e.h.tgid = tgid;
+		e.h.ts = ktime_ns();
+		e.gen = found.object;
+		e.fd = number;
+		emit(&e, sizeof(e), ST_RING_PROCESS);
 	}
 	if (map_update(MAP(FDS), &key, &found, 0))
 		stat_add(ST_MAP_FDS, 1);
 	return map_lookup(MAP(FDS), &key);
 }
 
-#define FDS_FORGOTTEN 1024 /* of a program that closes a range, or is replaced; the broker sweeps what lies beyond */
-
-/* Forgets the descriptors from first to last. */
-INLINE void fds_forget(__u32 tgid, __u32 first, __u32 last)
-{
-	__u32 i;
-
-#pragma clang loop unroll(disable)
-	for (i = 0; i < FDS_FORGOTTEN; i++) {
-		__u64 key = fd_key(tgid, first + i);
-
-		if (i > last - first)
-			break;
-		map_delete(MAP(FDS), &key);
-	}
-}
-
-INLINE void fd_set(__u32 tgid, __u64 number, __u64 file, __u64 object, __u32 kind, __u32 shared)
-{
-	__u64 key = fd_key(tgid, number);
-	struct fd value = {};
-
-	value.object = object;
-	value.file = file;
-	value.kind = kind;
-	value.shared = shared;
-	if (map_update(MAP(FDS), &key, &value, 0))
-		stat_add(ST_MAP_FDS, 1);
-}
-
-/* Sends what was summed for one file and request, and forgets it. */
+/* Sends what was summed for one file and request, and forgets it. `t` may be 0. */
 INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
 {
 	struct work_key key = { gen, rid };
@@ -389,7 +343,45 @@ INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
 	e.syncs = w->syncs;
 	e.others = w->others;
 	map_delete(MAP(WORK), &key);
-	t->lost += emit(&e, sizeof(e), ST_RING_FILE);
+	if (emit(&e, sizeof(e), ST_RING_FILE) && t)
+		t->lost++;
+}
+
+#define FDS_AT_ONCE 256 /* descriptors that one program can walk; the broker sweeps what lies beyond */
+
+/* Forgets the descriptors from first to last. */
+INLINE void fds_forget(__u32 tgid, __u32 first, __u32 last)
+{
+	__u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < FDS_AT_ONCE; i++) {
+		__u64 key = fd_key(tgid, first + i);
+
+		if (i > last - first)
+			break;
+		map_delete(MAP(FDS), &key);
+	}
+}
+
+INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind, __u32 shared)
+{
+	__u64 key = fd_key(tgid, number);
+	struct fd value = {};
+
+	value.object = object;
+	value.kind = kind;
+	value.shared = shared;
+	if (map_update(MAP(FDS), &key, &value, 0))
+		stat_add(ST_MAP_FDS, 1);
+}
+
+/* How many descriptors the current process has room for. */
+INLINE __u32 fds_size(void)
+{
+	__u64 files = kernel_word(current_task() + OFF_TASK_FILES);
+
+	return files ? kernel_half(kernel_word(files + OFF_FILES_FDT) + OFF_FDT_MAX) : FDS_AT_ONCE;
 }
 
 #define UNTIED_NS 1000000000ULL /* how long work that belongs to no request is summed before it is sent */

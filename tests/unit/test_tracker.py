@@ -251,27 +251,37 @@ def test_working_directories_are_each_processes_own(world: World) -> None:
     assert opened_as(world) == "other_files"
 
 
+def test_a_working_directory_that_was_changed_by_descriptor(world: World) -> None:
+    """fchdir has no path: only what its descriptor is."""
+    world.tracker.learn_cwd(TGID, "/tmp")
+    world.open("/srv/bucket/sub", 8, rid=0)
+    world.path(abi.PathCall.CHDIR, "", rid=0, dirfd=3, dirgen=8)
+    world.head()
+    world.open("../a", 1)
+    assert opened_as(world) == "files"
+
+
 def test_a_path_relative_to_a_directory_that_was_opened(world: World) -> None:
+    """Whatever its number is by now: the kernel names the generation."""
     world.head()
     world.open("/srv/bucket", 1, fd=8, flags=os.O_DIRECTORY)
-    world.open("a", 2, fd=9, dirfd=8)
-    assert opened_as(world, 2) == "files"
+    world.open("/tmp", 2, fd=8)
+    world.open("a", 3, dirfd=8, dirgen=1)
+    assert opened_as(world, 3) == "files"
 
 
 def test_a_path_relative_to_a_directory_that_was_open_before(world: World) -> None:
-    world.tracker.learn_directory(TGID, 8, "/srv/bucket/sub")
+    world.tracker.learn_file(8, "/srv/bucket/sub", os.O_DIRECTORY)
     world.head()
-    world.open("../a", 2, fd=9, dirfd=8)
+    world.open("../a", 2, dirfd=4, dirgen=8)
     assert opened_as(world, 2) == "files"
 
 
-def test_a_descriptor_that_was_a_directory_is_the_next_file(world: World) -> None:
-    """Opened again without O_DIRECTORY, which a directory need not be opened with."""
+def test_an_absolute_path_does_not_need_the_directory(world: World) -> None:
     world.head()
-    world.open("/srv/bucket", 1, fd=8, flags=os.O_DIRECTORY)
-    world.open("/tmp", 2, fd=8, flags=os.O_RDONLY)
-    world.open("a", 3, fd=9, dirfd=8)
-    assert opened_as(world, 3) == "other_files"
+    world.open("/srv/bucket/a", 2, dirfd=4, dirgen=99)
+    assert opened_as(world, 2) == "files"
+    assert world.tracker.lost["unnamed_path"] == 0
 
 
 def test_a_working_directory_of_which_nothing_was_told_is_asked_for_once(world: World) -> None:
@@ -301,6 +311,7 @@ def test_a_path_relative_to_something_unknown_is_another_file(world: World) -> N
     world.head()
     world.open("bucket/a", 1, dirfd=77)
     assert opened_as(world) == "other_files"
+    assert world.tracker.lost["unnamed_path"] == 1
 
 
 def test_a_name_that_is_no_text(world: World) -> None:
@@ -352,10 +363,10 @@ def test_a_rename_belongs_where_it_leads(world: World, first: str, second: str, 
 
 
 def test_a_rename_between_directories_that_are_open(world: World) -> None:
-    world.tracker.learn_directory(TGID, 7, "/tmp")
-    world.tracker.learn_directory(TGID, 8, "/srv/bucket")
+    world.tracker.learn_file(70, "/tmp", 0)
+    world.tracker.learn_file(80, "/srv/bucket", 0)
     world.head()
-    world.path(abi.PathCall.RENAME, "t", "a", dirfd=7, dirfd2=8)
+    world.path(abi.PathCall.RENAME, "t", "a", dirfd=7, dirgen=70, dirfd2=8, dirgen2=80)
     assert world.finished().files.renames == 1
 
 
@@ -600,17 +611,6 @@ def test_generations_are_bounded_and_the_oldest_go(world: World) -> None:
         world.file(15, write_bytes=10)
         request = world.finished()
     assert (request.files.write_bytes, request.other_files.write_bytes) == (10, 1)
-
-
-def test_directories_are_bounded(world: World) -> None:
-    with bound("MAX_DIRECTORIES", 10):
-        for fd in range(15):
-            world.tracker.learn_directory(TGID, fd, "/srv/bucket")
-        world.head()
-        world.open("a", 1, dirfd=0)
-        world.open("a", 2, dirfd=14)
-        request = world.finished()
-    assert (request.files.opens, request.other_files.opens) == (1, 1)
 
 
 def test_untied_work_is_bounded(world: World) -> None:
