@@ -241,7 +241,7 @@ _NAMES = (("bucket", "bucket_id"), ("artifact", "artifact_id"), ("version", "ver
 
 def _steps(record: Record, look: Look) -> Iterator[str]:
     duration = record["duration_ms"]
-    room = max(look.width - 45, 10)
+    room = max(look.width - 46, 10)
     start = 0.0
     for name in PHASES_AS_THEY_HAPPEN:
         ms = record["phases"].get(name)

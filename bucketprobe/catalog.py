@@ -233,7 +233,7 @@ HEALTH = (
         "Capabilities that the agent's process holds, by set; 0 each once it serves.",
         lambda now: _by_name(now.capabilities),
     ),
-    HealthMetric("bucketprobe_requests_begun_total", "counter", (), "Requests whose first byte was seen.", lambda now: _one(now.begun)),
+    HealthMetric("bucketprobe_requests_begun_total", "counter", (), "Requests whose head was complete.", lambda now: _one(now.begun)),
     HealthMetric(
         "bucketprobe_requests_finished_total",
         "counter",
@@ -261,7 +261,7 @@ HEALTH = (
         "bucketprobe_series_overflow_total",
         "counter",
         (),
-        "Observations that went to an __other__ series because the budget of series was spent.",
+        "Observations that went to an overflow series because the budget of series was spent.",
         lambda now: _one(now.series_overflow),
     ),
     HealthMetric("bucketprobe_target_processes", "gauge", (), "Processes that are being observed.", lambda now: _one(now.target_processes)),

@@ -434,6 +434,9 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (d->head - used >= config(CFG_HEAD_BYTES))
 		used = 0; /* enough of it has been sent */
+	/* What the agent met in the middle may be a body, until a request line is seen whole. */
+	if (!dir && c->flags & RF_OLD && !c->rx_seq && (d->state < HTTP1_NAME || d->state == HTTP1_SECOND))
+		used = 0;
 	if (used || result == HTTP1_DONE) {
 		struct bp_head_event *e = &x->head.e;
 		__u32 size = used;
