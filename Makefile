@@ -26,5 +26,6 @@ lint: setup ## Check style with ruff and types with mypy
 bench: setup ## Measure what the agent costs (as root)
 	@$(python) tests/bench/bench.py
 
-truth: setup ## Compare what the agent reports with servers that know the truth (as root)
+truth: setup ## Compare what the agent reports with servers that know the truth, and update the README's table (as root)
 	$(python) -m pytest tests/truth -q
+	@$(python) tests/truth/readme_table.py

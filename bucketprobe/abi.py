@@ -16,7 +16,7 @@ from typing import Any
 U8, U16, U32, U64, S32 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
 
 #: The longest path and head piece that one event carries, in bytes.
-PATH_BYTES = 256
+PATH_BYTES = 1024
 HEAD_BYTES = 256
 
 
@@ -118,6 +118,7 @@ class Stat(IntEnum):
     UNTIED_SYNC = 33
     FD_UNRESOLVED = 34
     CONNECTION_REPLACED = 35
+    PATH_CUT = 36
 
 
 class Header(ctypes.Structure):

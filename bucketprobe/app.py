@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bucketprobe import abi, bpf, broker, capture, decode, privileges, web
+from bucketprobe import abi, bpf, capture, decode, privileges, web
 from bucketprobe.catalog import HealthSnapshot
 from bucketprobe.config import FileClasses, Settings
 from bucketprobe.errors import BucketprobeError
@@ -24,8 +24,11 @@ from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
 from bucketprobe.link import BrokerLink, log
 from bucketprobe.model import OUTCOMES, Request
 from bucketprobe.sinks.metrics import MetricsSink
+from bucketprobe.stats import read_stats
 from bucketprobe.tracker import Tracker
 
+#: The agent's nice value.
+NICE = -10
 #: How long the loop sleeps at most; the kernel wakes it earlier where the ring fills.
 PERIOD_SECONDS = 0.1
 
@@ -96,6 +99,8 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
+        # It needs little, but when the host is short of CPU, which is when it is asked most, it must not be the one to wait.
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
         dropped = privileges.drop_all(settings.user)
         log(f"runs as {dropped.user} (uid {dropped.uid}) without capabilities: all five sets are empty, and no new ones can be gained")
         ready, descriptors = link.await_ready()
@@ -234,7 +239,7 @@ class Agent:
 
     def _kernel_stats(self) -> dict[abi.Stat, int]:
         try:
-            values = broker.read_stats(self._stats_fd)
+            values = read_stats(self._stats_fd)
         except PermissionError:
             # Before Linux 5.19 a process without capabilities may not look into a map: bpf(2) is refused to it altogether.
             values = self._link.ask({"op": "stats"})["values"]
@@ -311,8 +316,9 @@ class Agent:
         """What was counted, at the end: requests begun = finished by outcome + still in flight."""
         health = self._health()
         outcomes = ", ".join(f"{count} {name}" for name, count in health.finished.items())
-        lost = sum(health.lost.values())
-        return f"stopped: {health.begun} requests begun, {outcomes}, {health.in_flight} in flight; {health.records} records, {lost} losses"
+        causes = ", ".join(f"{count} {stage}.{cause}" for (stage, cause), count in health.lost.items() if count)
+        lost = f"lost: {causes}" if causes else "0 losses"
+        return f"stopped: {health.begun} requests begun, {outcomes}, {health.in_flight} in flight; {health.records} records, {lost}"
 
 
 def _resident_bytes() -> int:

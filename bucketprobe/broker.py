@@ -21,16 +21,21 @@ from contextlib import suppress
 from bucketprobe import abi, bpf, program, target, wire
 from bucketprobe.config import Settings
 from bucketprobe.errors import BucketprobeError
+from bucketprobe.stats import read_stats
 
 #: How often the targets are looked for again: while there is none, and otherwise.
 SEARCH_SECONDS, REVIEW_SECONDS = 1.0, 30.0
 #: How long descriptors of processes that are gone may stay in the map.
 SWEEP_SECONDS = 10.0
-#: Files named in one message.
-FILES_PER_MESSAGE = 100
+#: What a file takes in a message besides its path, at most, in bytes.
+FILE_BYTES = 64
 
 #: Generations that the broker gives have this bit; the kernel's, made from its clock, never reach it.
 _GENERATION = 1 << 63
+
+
+#: Generation, descriptor, path, flags.
+OpenFile = tuple[int, int, str, int]
 
 
 class Broker:
@@ -136,15 +141,15 @@ class Broker:
         files = list(self._open_files(tgid))
         # The names go first: the kernel speaks of a generation as soon as it is in the map.
         wire.send(self._agent, {"op": "process", "tgid": tgid, "why": why, "cwd": target.cwd(tgid)})
-        for i in range(0, len(files), FILES_PER_MESSAGE):
-            wire.send(self._agent, {"op": "files", "tgid": tgid, "files": files[i : i + FILES_PER_MESSAGE]})
+        for batch in _batches(files):
+            wire.send(self._agent, {"op": "files", "tgid": tgid, "files": batch})
         for gen, fd, _, _ in files:
             value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
             with suppress(OSError):  # the kernel met it first, or has no room: it then asks by itself, or counts it
                 bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | fd), value, bpf.NOEXIST)
         self._targets[tgid] = 1
 
-    def _open_files(self, tgid: int) -> Iterator[tuple[int, int, str, int]]:
+    def _open_files(self, tgid: int) -> Iterator[OpenFile]:
         """A process's open files and directories: (generation, fd, path, flags). Ports that it listens on are noted."""
         for opened in target.open_files(tgid):
             if opened.state == "LISTEN" and opened.local_port:
@@ -187,11 +192,20 @@ class Broker:
                 bpf.map_delete(self._maps["fds"], key)
 
 
-def read_stats(fd: int) -> list[int]:
-    """The kernel's counters, summed over CPUs. Raises OSError."""
-    entries, cpus = next(m for m in abi.MAPS if m.name == "stats").entries, bpf.possible_cpus()
-    values = struct.unpack(f"={entries * cpus}Q", bpf.array_values(fd, entries, 8 * cpus))
-    return [sum(values[i * cpus : (i + 1) * cpus]) for i in range(entries)]
+def _batches(files: list[OpenFile]) -> Iterator[list[OpenFile]]:
+    """As many files for each message as fit it, whatever their paths are made of: JSON takes up to six bytes for one of theirs."""
+    batch: list[OpenFile] = []
+    room = 0
+    for file in files:
+        size = FILE_BYTES + 6 * len(os.fsencode(file[2]))
+        if size > room:
+            if batch:
+                yield batch
+            batch, room = [], wire.MAX_MESSAGE - FILE_BYTES
+        batch.append(file)
+        room -= size
+    if batch:
+        yield batch
 
 
 def main() -> int:

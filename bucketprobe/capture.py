@@ -624,7 +624,7 @@ def _connect(run_dir: Path) -> socket.socket:
         raise EnvironmentLack(f"{path} may not be opened by this user: run as root.") from error
     except OSError as error:
         connection.close()
-        raise NoAgent(f"No agent listens on {path}: start one first.") from error
+        raise NoAgent(f"No agent listens on {path}: start one first, or name the service (--port) to have one meanwhile.") from error
     return connection
 
 

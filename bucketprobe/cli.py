@@ -31,6 +31,8 @@ class Sentences(click.Group):
         except BucketprobeError as error:
             click.echo(f"bucketprobe: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has enough
             sys.exit(1)
@@ -176,10 +178,11 @@ class _Borrowed:
             "--storage-root": storage.roots, "--metadata": storage.metadata,
             "--run-dir": (self._settings.run_dir,), "--cache-dir": (self._settings.cache_dir,),
         }  # fmt: skip
-        command = [sys.argv[0], "run", "--listen", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "bucketprobe.cli", "run", "--listen", "127.0.0.1:0"]
         for option, values in named.items():
             for value in values:
                 command += [option, str(value)]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the agent is not left behind
         self._agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._agent.poll() is None:
@@ -194,7 +197,10 @@ class _Borrowed:
     def __exit__(self, *_: object) -> None:
         if self._agent.poll() is None:
             self._agent.send_signal(signal.SIGTERM)
-            self._agent.wait(10)
+            try:
+                self._agent.wait(10)
+            except subprocess.TimeoutExpired:
+                self._agent.kill()
 
 
 @main.command()

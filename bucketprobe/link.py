@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 
 from bucketprobe import wire
 from bucketprobe.config import Settings
@@ -20,9 +21,10 @@ _ENDED = "The broker ended, and with it the probes: start bucketprobe again."
 
 
 def log(text: str) -> None:
-    """One line of the agent's own log."""
-    sys.stderr.write(f"bucketprobe: {text}\n")
-    sys.stderr.flush()
+    """One line of the agent's own log. That nobody reads it is no reason to stop."""
+    with suppress(OSError):
+        sys.stderr.write(f"bucketprobe: {text}\n")
+        sys.stderr.flush()
 
 
 class BrokerLink:
@@ -40,28 +42,38 @@ class BrokerLink:
         return self.socket.fileno()
 
     def tell(self, message: wire.Message) -> None:
+        """Sends a message. While there is no room for it, what the broker says is taken in: it may itself be waiting for room."""
+        while not select.select([], [self.socket], [], 0)[1]:
+            if select.select([self.socket], [self.socket], [])[0]:
+                self._waiting.append(self._receive())
         wire.send(self.socket, message)
 
     def ask(self, message: wire.Message) -> wire.Message:
         """Sends a question and waits for its answer, of the same `op`; what comes between is kept."""
-        wire.send(self.socket, message)
+        self.tell(message)
         while True:
-            received = wire.receive(self.socket)
-            if received is None:
-                raise BucketprobeError(_ENDED)
+            received = self._receive()
             if received[0]["op"] == message["op"]:
                 return received[0]
             self._waiting.append(received)
+
+    def _receive(self) -> tuple[wire.Message, list[int]]:
+        received = wire.receive(self.socket)
+        if received is None:
+            raise BucketprobeError(_ENDED)
+        return received
 
     def messages(self) -> list[tuple[wire.Message, list[int]]]:
         """What has come, without waiting. Raises BucketprobeError where the broker is gone."""
         found = list(self._waiting)
         self._waiting.clear()
         while select.select([self.socket], [], [], 0)[0]:
-            received = wire.receive(self.socket)
-            if received is None:
-                raise BucketprobeError(_ENDED)
-            found.append(received)
+            try:
+                found.append(self._receive())
+            except BucketprobeError:
+                if found:
+                    return found  # its last words first; the next call says that it is gone
+                raise
         return found
 
     def await_ready(self) -> tuple[wire.Message, list[int]]:
@@ -85,7 +97,9 @@ class BrokerLink:
         raise BucketprobeError(f"The probes were not attached within {ATTACH_SECONDS:.0f} s: run `bucketprobe doctor`.")
 
     def close(self) -> None:
-        self.socket.close()
+        self.socket.close()  # which ends it, unless it still compiles
+        with suppress(PermissionError, ProcessLookupError):  # the agent may not, once it has given up its privileges
+            self._process.terminate()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

@@ -42,7 +42,7 @@ Outcome = Literal["complete", "client_closed", "server_closed", "unobserved"]
 OUTCOMES: tuple[Outcome, ...] = ("complete", "client_closed", "server_closed", "unobserved")
 
 #: Why the agent's tracker may have to do without something: see tracker.py.
-TRACKER_LOSSES = ("evicted", "partial_head", "malformed_head", "late_file", "no_head", "unnamed_path")
+TRACKER_LOSSES = ("evicted", "partial_head", "malformed_head", "late_file", "no_head", "unnamed_path", "evicted_file", "evicted_untied")
 
 Label = Literal["exact", "inferred", "shared", "unattributed"]
 LABELS: tuple[Label, ...] = ("exact", "inferred", "shared", "unattributed")

@@ -73,12 +73,14 @@ def compose() -> str:
 
 
 def _programs(text: bytes) -> dict[str, bytes]:
-    return {name: base64.b64decode(code) for name, code in json.loads(text)["programs"].items()}
+    return {name: base64.b64decode(code, validate=True) for name, code in json.loads(text)["programs"].items()}
 
 
 def _cached(path: Path) -> dict[str, bytes] | None:
+    """The programs of a cache file: its first line is the digest of the rest. None where it is absent or damaged."""
     try:
-        return _programs(path.read_bytes())
+        digest, _, text = path.read_bytes().partition(b"\n")
+        return _programs(text) if digest.decode() == hashlib.sha256(text).hexdigest() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -108,13 +110,20 @@ def compiled(cache_dir: str, log: Log) -> dict[str, bytes]:
             done = subprocess.run(command, input=text.encode(), capture_output=True, check=False, timeout=120)
         except OSError as error:
             raise EnvironmentLack(f"{SYSTEM_PYTHON} cannot be run ({error.strerror}): apt-get install python3-bpfcc.") from None
+        except subprocess.TimeoutExpired as error:
+            raise EnvironmentLack(f"Compiling the probes took over {error.timeout:.0f} s: try again when the host is less busy.") from None
     if done.returncode:
         trouble = done.stderr.decode(errors="replace").strip()
         if "No module named 'bcc'" in trouble:
             raise EnvironmentLack("BCC is missing: apt-get install python3-bpfcc (the package named bcc on PyPI is another project).")
-        raise EnvironmentLack(f"The probes could not be compiled; is python3-bpfcc 0.26 or later installed? {trouble[-1500:]}")
-    _replace(path, done.stdout.decode(), log)
-    return _programs(done.stdout)
+        reason = trouble.rsplit("\n", 1)[-1] or f"the compiler ended with {done.returncode}"
+        raise EnvironmentLack(f"The probes could not be compiled ({reason}): install Debian's python3-bpfcc, 0.26 or later.")
+    try:
+        programs = _programs(done.stdout)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise EnvironmentLack(f"The compiler's answer cannot be read: is {SYSTEM_PYTHON}'s bcc Debian's python3-bpfcc?") from None
+    _replace(path, f"{hashlib.sha256(done.stdout).hexdigest()}\n{done.stdout.decode()}", log)
+    return programs
 
 
 def kernel_offsets(cache_dir: str, log: Log) -> dict[str, int]:

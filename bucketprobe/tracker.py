@@ -24,7 +24,7 @@ O_DSYNC = 0o10000
 MAX_PARTIAL_HEADS = 256
 #: What may be kept of unfinished requests, open files and directories.
 MAX_REQUESTS = 4_096
-MAX_GENERATIONS = 65_536
+MAX_GENERATIONS = 8_192
 MAX_UNTIED = 512
 #: How long an aborted request waits for its thread to finish the file work that it had begun, ns.
 GRACE_NS = 500_000_000
@@ -144,6 +144,7 @@ class Tracker:
         self._generations[gen] = generation
         while len(self._generations) > MAX_GENERATIONS:
             self._generations.popitem(last=False)
+            self.lost["evicted_file"] += 1
 
     def _work(self, rid: int) -> _Work:
         work = self._requests.get(rid)
@@ -206,6 +207,8 @@ class Tracker:
                 self.lost["late_file"] += 1
             size = event.write_bytes + event.read_bytes
             if generation.kind == "storage" and size:
+                if len(self._untied) == MAX_UNTIED:
+                    self.lost["evicted_untied"] += 1
                 self._untied.append((event.tgid, event.first_ns, event.last_ns, size))
             return
         work.touched = True
@@ -229,7 +232,7 @@ class Tracker:
     def _path(self, event: Any) -> None:
         first = self._resolve(event.tgid, event.dirfd, event.dirgen, event.data[: event.n])
         if event.what == abi.PathCall.CHDIR:
-            self._cwd[event.tgid] = first
+            self._cwd[event.tgid] = first if first.startswith("/") else None
             return
         kind = self._classes.classify(first)
         if event.n2:
@@ -252,6 +255,8 @@ class Tracker:
     def _end(self, event: Any) -> None:
         if event.what in (abi.EndOutcome.CLIENT_CLOSED, abi.EndOutcome.SERVER_CLOSED):
             self._aborted.append(event)
+            if len(self._aborted) > MAX_REQUESTS:
+                self._finish(self._aborted.popleft())
         else:
             self._finish(event)
 

@@ -23,6 +23,8 @@ INLINE __u32 path_read(char *into, __u64 from)
 {
 	long n = read_user_str(into, PATH_BYTES, (void *)from);
 
+	if (n == PATH_BYTES)
+		stat_add(ST_PATH_CUT, 1);
 	return n > 1 ? n - 1 : 0;
 }
 

@@ -3,7 +3,7 @@
 #ifndef BUCKETPROBE_ABI_H
 #define BUCKETPROBE_ABI_H
 
-#define PATH_BYTES 256
+#define PATH_BYTES 1024
 #define HEAD_BYTES 256
 
 enum { /* Kind */
@@ -94,6 +94,7 @@ enum { /* Stat */
 	ST_UNTIED_SYNC = 33,
 	ST_FD_UNRESOLVED = 34,
 	ST_CONNECTION_REPLACED = 35,
+	ST_PATH_CUT = 36,
 };
 
 enum { /* Port */

@@ -45,9 +45,10 @@ ALLOWED: dict[str, list[str]] = {
     "exporters": [],
     "exporters.*": ["errors", "model", "catalog"],
     # The privileged half: nothing that reads what a client of the service sent.
-    "broker": ["errors", "abi", "bpf", "config", "program", "target", "wire", "exporters.jsonl"],
+    "broker": ["errors", "abi", "bpf", "config", "program", "stats", "target", "wire", "exporters.jsonl"],
     # Loaded before the rest of the agent, so that the broker starts meanwhile.
     "link": ["errors", "config", "wire"],
+    "stats": ["abi", "bpf"],
     "app": ["*"],
     "cli": ["*"],
     "demo": [],

@@ -19,8 +19,10 @@ from harness import Agent, Scripted, Worker, free_port
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled probes: the first agent of the session compiles, the others load."""
-    return tmp_path_factory.mktemp("cache")
+    """Compiled probes: one agent of the session compiles, the others load."""
+    cache = tmp_path_factory.mktemp("cache")
+    Agent(tmp_path_factory.mktemp("compile"), cache, "--port", "1", ready=False).close()
+    return cache
 
 
 @pytest.fixture

@@ -195,15 +195,14 @@ def test_without_the_kernels_type_information(base: Path) -> None:
     refused(2, "BTF", prefix=hidden("/sys/kernel/btf/vmlinux"), options=("--port", "1"), base=base, cache=base / "empty")
 
 
-@pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/cache"])
-def test_cache_that_cannot_be_written(base: Path, cache: str) -> None:
+def test_cache_that_cannot_be_written(base: Path) -> None:
     """It says so, and works."""
-    agent = Agent(base / "agent", Path(cache), "--port", "1", ready=False)
-    assert f"{cache} cannot be written" in agent.log()
+    agent = Agent(base / "agent", Path("/dev/null/cache"), "--port", "1", ready=False)
+    assert "/dev/null/cache cannot be written" in agent.log()
     agent.close()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "no JSON", '{"programs": {"sys_enter": "AAAA"}}', '{"programs": {}}'])
+@pytest.mark.parametrize("content", ["", '{"programs": {"sys_enter": "AAAA"}}'])
 def test_cache_that_is_damaged(base: Path, cache_dir: Path, content: str) -> None:
     """It is made anew."""
     damaged = base / "cache"
@@ -387,7 +386,7 @@ def test_signals_while_it_starts(base: Path, cache_dir: Path, number: signal.Sig
             process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=PATIENCE)
         assert "Traceback" not in log, (delay_ms, log)
-        assert process.returncode in (0, 130, 143, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP), (delay_ms, log)
+        assert process.returncode in (0, -number) or "Aborted!" in log, (delay_ms, log)
         for pid in brokers:
             await_that("the broker ends", lambda pid=pid: process_ended(pid), 3)
 
