@@ -334,6 +334,8 @@ OFFSETS: dict[str, tuple[str, str]] = {
     "OFF_SOCK_NUM": ("sock", "__sk_common.skc_num"),
     "OFF_SOCK_FAMILY": ("sock", "__sk_common.skc_family"),
     "OFF_SOCK_STATE": ("sock", "__sk_common.skc_state"),
+    "OFF_TCP_RCV_NXT": ("tcp_sock", "rcv_nxt"),
+    "OFF_SKB_CB": ("sk_buff", "cb"),
 }
 
 _C_NAMES: dict[type, str] = {U8: "__u8", U16: "__u16", U32: "__u32", U64: "__u64", S32: "__s32"}

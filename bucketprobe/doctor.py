@@ -342,6 +342,9 @@ def _optional_tracepoint(name: str) -> Callable[[_Subject], Check]:
     def check(subject: _Subject) -> Check:
         if _has_tracepoint(subject, name):
             return Check(name, "ok", "there")
+        stand_in = program.STAND_INS.get(name)
+        if stand_in and _has_tracepoint(subject, stand_in[0]):
+            return Check(name, "ok", f"not in this kernel; {stand_in[0]} stands in for it")
         return Check(name, "reduced", "not in this kernel", *OPTIONAL_TRACEPOINTS[name])
 
     return check

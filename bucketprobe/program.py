@@ -39,6 +39,8 @@ REQUIRED_TRACEPOINTS = {
     "sys_enter": "sys_enter",
 }
 OPTIONAL_TRACEPOINTS = {"sk_data_ready": "sock_ready", "tcp_receive_reset": "sock_reset"}
+#: What tells the same where an optional one is missing.
+STAND_INS = {"sk_data_ready": ("tcp_probe", "sock_segment")}
 
 _OFFSET_MARK = 0x5EED0000
 _MOVE_IMMEDIATE, _LOAD_IMMEDIATE_64, _PSEUDO_MAP_FD = 0xB7, 0x18, 1
@@ -177,6 +179,14 @@ class Loaded:
     links: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
+    def attach(self, tracepoint: str, program: int) -> bool:
+        """False where the kernel has no such tracepoint. Raises OSError."""
+        try:
+            self.links[tracepoint] = bpf.raw_tracepoint_open(tracepoint, program)
+        except FileNotFoundError:
+            return False
+        return True
+
     def detach(self) -> None:
         """No more events: what the maps hold is final."""
         for fd in self.links.values():
@@ -245,11 +255,12 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
             for number in calls.values():
                 bpf.map_update(loaded.maps["calls"], struct.pack("=I", number), struct.pack("=I", handler))
         for tracepoint, name in {**OPTIONAL_TRACEPOINTS, **REQUIRED_TRACEPOINTS}.items():
-            try:
-                loaded.links[tracepoint] = bpf.raw_tracepoint_open(tracepoint, descriptors[name])
-            except FileNotFoundError:
-                if tracepoint in REQUIRED_TRACEPOINTS:
-                    raise EnvironmentLack(f"This kernel has no tracepoint {tracepoint}: run Linux 5.8 or later.") from None
+            if loaded.attach(tracepoint, descriptors[name]):
+                continue
+            if tracepoint in REQUIRED_TRACEPOINTS:
+                raise EnvironmentLack(f"This kernel has no tracepoint {tracepoint}: run Linux 5.8 or later.")
+            stand_in = STAND_INS.get(tracepoint)
+            if not stand_in or not loaded.attach(stand_in[0], descriptors[stand_in[1]]):
                 loaded.missing.append(tracepoint)
     except OSError as error:
         loaded.close()

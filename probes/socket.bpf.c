@@ -710,16 +710,42 @@ int sock_reset(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+INLINE void readable(struct conn *c)
+{
+	c->last_ready_ns = ktime_ns();
+	if (!c->ready_ns && !receiving(c)->rid)
+		c->ready_ns = c->last_ready_ns;
+}
+
 /* sock:sk_data_ready(sk): bytes became readable, in softirq */
 int sock_ready(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 sk = ctx->args[0];
 	struct conn *c = map_lookup(MAP(CONNS), &sk);
 
+	if (c)
+		readable(c);
+	return 0;
+}
+
+/*
+ * tcp:tcp_probe(sk, skb): a segment came on an established connection; in the place of sk_data_ready, which is younger than
+ * Linux 6.1. It makes bytes readable if it begins no later than the next byte that is due, and ends behind it.
+ */
+int sock_segment(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 sk = ctx->args[0];
+	struct conn *c = map_lookup(MAP(CONNS), &sk);
+	struct {
+		__u32 seq, end;
+	} segment = {}; /* struct tcp_skb_cb begins with them */
+	__u32 due;
+
 	if (!c)
 		return 0;
-	c->last_ready_ns = ktime_ns();
-	if (!c->ready_ns && !receiving(c)->rid)
-		c->ready_ns = c->last_ready_ns;
+	due = kernel_half(sk + OFF_TCP_RCV_NXT);
+	read_kernel(&segment, sizeof(segment), (void *)(ctx->args[1] + OFF_SKB_CB));
+	if ((__s32)(segment.seq - due) <= 0 && (__s32)(segment.end - due) > 0)
+		readable(c);
 	return 0;
 }

@@ -258,9 +258,9 @@ def test_connections_older_than_the_agent(start_agent: StartAgent, base: Path, u
             for i, client in enumerate(clients):
                 body = b"o" * (1000 * i + 1)
                 data = request("PUT", f"/store/old-{i}", ids[i], body=body)
-                client.send(data[:10])
+                client.send(data[:40])
                 time.sleep(0.002)
-                assert client.ask(data[10:]) == (201, b"stored")
+                assert client.ask(data[40:]) == (201, b"stored")
             for i, client in enumerate(clients):
                 assert client.ask(request("GET", f"/store/old-{i}", ids[8 + i]))[0] == 200
         for i, record in enumerate(records):
@@ -275,6 +275,41 @@ def test_connections_older_than_the_agent(start_agent: StartAgent, base: Path, u
         assert agent.ledger()["kernel.unsolicited"] == 0
         for client in clients:
             client.close()
+
+
+def test_connection_met_in_the_middle_of_an_upload(start_agent: StartAgent, base: Path, unique_id: NewId) -> None:
+    """The rest of the body is no request, whatever it looks like, and is shown nowhere; the next request is found."""
+    port = free_port()
+    with Service(port, base), Client(port) as client:
+        inside = request("PUT", "/store/inside", "a-body-that-looks-like-a-request")
+        data = request("PUT", "/store/met", unique_id(), body=b"CANARY" * 1000 + inside[:-4] * 20)
+        client.send(data[:3000])
+        time.sleep(0.2)
+        agent = start_agent("--port", str(port), *for_storage(base))
+        with agent.exactly(1) as records:
+            for at in range(3000, len(data), 1000):
+                client.send(data[at : at + 1000])
+                time.sleep(0.002)
+            client.receive(len(b"HTTP/1.1 201 Done\r\nContent-Length: 6\r\n\r\nstored"))
+            put(client, unique_id(), b"next")
+        check_put(records[0], b"next")
+        assert agent.records_path
+        assert "CANARY" not in agent.records_path.read_text() + agent.log() + agent.get("/metrics")[1]
+
+
+def test_old_connection_whose_first_line_comes_in_pieces(start_agent: StartAgent, base: Path, unique_id: NewId) -> None:
+    """What comes before the line is whole is not kept: it may be a body. The numbers are right all the same."""
+    port = free_port()
+    with Service(port, base), Client(port) as client:
+        put(client, unique_id(), b"before")
+        time.sleep(0.1)
+        agent = start_agent("--port", str(port), *for_storage(base))
+        data = request("PUT", "/store/thing", unique_id(), body=b"pieces")
+        with agent.exactly(1) as records:
+            client.send(data[:9])
+            time.sleep(0.05)
+            assert client.ask(data[9:])[0] == 201
+        check_put(records[0], b"pieces")
 
 
 # Kinds of target

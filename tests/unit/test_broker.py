@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bucketprobe import abi, bpf, broker, link, program, wire
+from bucketprobe import abi, bpf, broker, link, program, stats, wire
 from bucketprobe.config import Settings, StorageSpec, TargetSpec
 from bucketprobe.errors import BucketprobeError, EnvironmentLack
 
@@ -119,9 +119,9 @@ def test_what_a_target_held_open_is_told_before_the_broker_is_ready(start, tmp_p
         assert of_folder[1] == holder.fds[str(tmp_path / "sub")]
         assert len({found[0] for found in files.values()}) == len(files)
 
-        events, stats = descriptors
+        events, counters = descriptors
         bpf.Ring(events, 32_768).close()
-        assert broker.read_stats(stats)[abi.Stat.BEGUN] == 0
+        assert stats.read_stats(counters)[abi.Stat.BEGUN] == 0
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -282,8 +282,8 @@ def test_counters_are_summed_over_the_cpus(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bpf, "possible_cpus", lambda: 3)
     values = struct.pack(f"={3 * entries}Q", *range(3 * entries))
     monkeypatch.setattr(bpf, "array_values", lambda fd, count, size: values if (fd, count, size) == (9, entries, 24) else b"")
-    assert broker.read_stats(9)[:3] == [0 + 1 + 2, 3 + 4 + 5, 6 + 7 + 8]
-    assert len(broker.read_stats(9)) == entries
+    assert stats.read_stats(9)[:3] == [0 + 1 + 2, 3 + 4 + 5, 6 + 7 + 8]
+    assert len(stats.read_stats(9)) == entries
 
 
 # --- The agent's end ---------------------------------------------------------------------------------------------
@@ -309,6 +309,10 @@ class FakeBroker:
             received = wire.receive(end)
             assert received is not None
             self._serve(end, received[0])
+
+    def terminate(self) -> None:
+        """The agent may not send signals once it has given up its privileges."""
+        raise PermissionError
 
     def wait(self, timeout: float) -> None:
         assert self._thread is not None
