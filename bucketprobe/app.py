@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bucketprobe import abi, bpf, capture, decode, privileges, web
-from bucketprobe.catalog import HealthSnapshot
+from bucketprobe.catalog import CAPABILITY_SET_NAMES, HealthSnapshot
 from bucketprobe.config import FileClasses, Settings
 from bucketprobe.errors import BucketprobeError
 from bucketprobe.exporters.jsonl import JsonLines, open_records
@@ -270,7 +270,7 @@ class Agent:
             lost=self._lost(),
             events={kind.name.lower(): self._events[kind] for kind in abi.Kind},
             series_overflow=self._sink.overflowed,
-            capabilities={name: mask.bit_count() for name, mask in held.items()},
+            capabilities={CAPABILITY_SET_NAMES[name]: mask.bit_count() for name, mask in held.items()},
             target_processes=len(self._processes),
             targets_up=int(bool(self._processes)),
             accept_queue=max(0, stats[abi.Stat.QUEUED] - stats[abi.Stat.DEQUEUED]),

@@ -145,8 +145,15 @@ class Family(NamedTuple):
     points: Iterator[Point]
 
 
-#: Capability sets as /proc/PID/status has them.
-CAPABILITY_SETS = ("effective", "permitted", "inheritable", "bounding", "ambient")
+#: Capability sets, by their names in /proc/PID/status.
+CAPABILITY_SET_NAMES = {
+    "CapEff": "effective",
+    "CapPrm": "permitted",
+    "CapInh": "inheritable",
+    "CapBnd": "bounding",
+    "CapAmb": "ambient",
+}
+CAPABILITY_SETS = tuple(CAPABILITY_SET_NAMES.values())
 
 #: What can be lost, as (stage, cause): closed, so that each is there from the start, at zero. The causes of stage `jsonl`
 #: are those of exporters/jsonl.py.

@@ -118,7 +118,8 @@ def compiled(cache_dir: str, log: Log) -> dict[str, bytes]:
         trouble = done.stderr.decode(errors="replace").strip()
         if "No module named 'bcc'" in trouble:
             raise EnvironmentLack("BCC is missing: apt-get install python3-bpfcc (the package named bcc on PyPI is another project).")
-        reason = trouble.rsplit("\n", 1)[-1] or f"the compiler ended with {done.returncode}"
+        lines = [line for line in trouble.splitlines() if "error:" in line] or trouble.splitlines()[-1:]
+        reason = lines[0].strip() if lines else f"the compiler ended with {done.returncode}"
         raise EnvironmentLack(f"The probes could not be compiled ({reason}): install Debian's python3-bpfcc, 0.26 or later.")
     try:
         programs = _programs(done.stdout)
