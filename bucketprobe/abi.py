@@ -54,7 +54,6 @@ class RequestFlag(IntEnum):
     OLD = 4  # the connection is older than the agent
     PIPELINED = 8  # its head came before the previous response had ended
     QUEUE_SEEN = 16  # the moment at which it became readable is known
-    NO_ACCEPT = 32  # the accept of its connection was not seen
 
 
 class PathCall(IntEnum):
@@ -115,10 +114,9 @@ class Stat(IntEnum):
     UNSOLICITED = 30
     CALL_UNSUPPORTED = 31
     VECTOR_TOO_LONG = 32
-    UNTIED_SYNC = 33
-    FD_UNRESOLVED = 34
-    CONNECTION_REPLACED = 35
-    PATH_CUT = 36
+    FD_UNRESOLVED = 33
+    CONNECTION_REPLACED = 34
+    PATH_CUT = 35
 
 
 class Header(ctypes.Structure):
@@ -250,7 +248,7 @@ MAPS: tuple[Map, ...] = (
     Map("conns", HASH, 8, "struct conn", 4_096),
     Map("fds", HASH, 8, "struct fd", 65_536),
     Map("work", HASH, 16, "struct work", 16_384),
-    Map("scratch", PERCPU_ARRAY, 4, "struct scratch", 2),
+    Map("scratch", PERCPU_ARRAY, 4, "struct scratch", 1),
 )
 
 

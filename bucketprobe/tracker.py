@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os.path
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -374,9 +374,3 @@ def _queue_stages(event: Any) -> dict[str, int]:
     if event.established_ns and event.start_ns == event.established_ns and event.accept_ns > event.established_ns:
         stages["accept"] = event.accept_ns - event.established_ns
     return stages
-
-
-def totals_of(stats: Iterable[int]) -> dict[abi.Stat, int]:
-    """The kernel's counters by name, from their values in order."""
-    values = list(stats)
-    return {stat: values[stat] for stat in abi.Stat}

@@ -63,7 +63,7 @@ INLINE struct conn *conn_of(struct thread *t, __u32 tgid)
 	if ((family == AF_INET || family == AF_INET6) && (state == TCP_ESTABLISHED || state == TCP_CLOSE_WAIT) &&
 	    map_lookup(MAP(PORTS), &port)) {
 		stat_add(ST_CONNECTIONS_OLD, 1);
-		return conn_new(sk, tgid, 0, RF_OLD | RF_NO_ACCEPT);
+		return conn_new(sk, tgid, 0, RF_OLD);
 	}
 	if (f)
 		f->not_served = 1;

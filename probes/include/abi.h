@@ -34,7 +34,6 @@ enum { /* RequestFlag */
 	RF_OLD = 4,
 	RF_PIPELINED = 8,
 	RF_QUEUE_SEEN = 16,
-	RF_NO_ACCEPT = 32,
 };
 
 enum { /* PathCall */
@@ -91,10 +90,9 @@ enum { /* Stat */
 	ST_UNSOLICITED = 30,
 	ST_CALL_UNSUPPORTED = 31,
 	ST_VECTOR_TOO_LONG = 32,
-	ST_UNTIED_SYNC = 33,
-	ST_FD_UNRESOLVED = 34,
-	ST_CONNECTION_REPLACED = 35,
-	ST_PATH_CUT = 36,
+	ST_FD_UNRESOLVED = 33,
+	ST_CONNECTION_REPLACED = 34,
+	ST_PATH_CUT = 35,
 };
 
 enum { /* Port */

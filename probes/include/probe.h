@@ -128,7 +128,7 @@ struct vector {
 	__u64 base, length;
 };
 
-/* scratch: [0] for programs on system calls, whose tail calls share it; preemption is off while they run. */
+/* scratch: of the programs on system calls, whose tail calls share it; preemption is off while they run. */
 struct scratch {
 	__u64 sk;
 	__u64 base; /* the buffer, or 0 where there is none to read */

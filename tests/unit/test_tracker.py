@@ -635,9 +635,3 @@ def test_a_process_that_ends_takes_its_working_directory_along(world: World) -> 
     world.head()
     world.open("a", 1)
     assert opened_as(world) == "other_files"
-
-
-def test_counters_by_name() -> None:
-    values = list(range(100, 164))
-    assert tracker.totals_of(values)[abi.Stat.RING_END] == 100 + abi.Stat.RING_END
-    assert set(tracker.totals_of(values)) == set(abi.Stat)
