@@ -27,7 +27,8 @@ from bucketprobe import abi, bpf, btf
 from bucketprobe.errors import EnvironmentLack
 
 SYSTEM_PYTHON = "/usr/bin/python3"
-PARTS = ("syscall", "process", "socket", "file")
+#: The probes' texts by compilation unit: two are compiled at once, in half the time of one.
+UNITS = (("socket",), ("syscall", "process", "file"))
 
 #: Raw tracepoint -> program. The second group may be missing: the agent then says what it cannot see.
 REQUIRED_TRACEPOINTS = {
@@ -46,11 +47,14 @@ _OFFSET_MARK = 0x5EED0000
 _MOVE_IMMEDIATE, _LOAD_IMMEDIATE_64, _PSEUDO_MAP_FD = 0xB7, 0x18, 1
 _EXIT = 0x95
 
+#: How long one compiler may take: about half a second, and ten times that on a slow host.
+COMPILE_SECONDS = 120
+
 Log = Callable[[str], None]
 
 
-def compose() -> str:
-    """The one C text of all probes. Local includes are put in once each: the compiler sees no file system."""
+def compose(parts: Iterable[str] = tuple(part for unit in UNITS for part in unit)) -> str:
+    """The C text of some probes, or of all. Local includes are put in once each: the compiler sees no file system."""
     room = files("bucketprobe.probes")
     seen: set[str] = set()
 
@@ -67,10 +71,8 @@ def compose() -> str:
     for i, name in enumerate(abi.OFFSETS):
         value = f'({{ __u64 offset; asm volatile("%0 = {_OFFSET_MARK + i:#x}" : "=r"(offset)); offset; }})'
         lines.append(f"#define {name} {value}")
-    for part in PARTS:
+    for part in parts:
         lines += inline(f"{part}.bpf.c")
-    for structure in sorted({m.value for m in abi.MAPS if isinstance(m.value, str)}):
-        lines.append(f"int size_{structure.split()[-1]}(void *ctx) {{ return sizeof({structure}); }}")
     return "\n".join(lines) + "\n"
 
 
@@ -99,34 +101,65 @@ def _replace(path: Path, text: str, log: Log) -> None:
 
 def compiled(cache_dir: str, log: Log) -> dict[str, bytes]:
     """The programs' bytecode by name, compiled only where the cache has none of this text. Raises EnvironmentLack."""
-    text = compose()
-    key = hashlib.sha256(f"{platform.machine()}\n{text}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{platform.machine()}\n{compose()}".encode()).hexdigest()[:24]
     path = Path(cache_dir, f"probes-{key}.json")
-    programs = _cached(path)
-    if programs:
-        return programs
+    cached = _cached(path)
+    if cached:
+        return cached
     log("compiling the probes (the first start only)")
-    with tempfile.TemporaryDirectory(prefix="bucketprobe-") as stubs:
-        command = [SYSTEM_PYTHON, "-I", str(files("bucketprobe").joinpath("loader.py")), stubs]
+    with tempfile.TemporaryDirectory(prefix="bucketprobe-") as folder:
+        compilers = [_Compiler(compose(unit), Path(folder, unit[0])) for unit in UNITS]
         try:
-            done = subprocess.run(command, input=text.encode(), capture_output=True, check=False, timeout=120)
+            encoded = {name: code for compiler in compilers for name, code in compiler.result().items()}
+        finally:
+            for compiler in compilers:
+                compiler.end()
+    text = json.dumps({"programs": encoded}).encode()
+    _replace(path, f"{hashlib.sha256(text).hexdigest()}\n{text.decode()}", log)
+    return _programs(text)
+
+
+class _Compiler:
+    """One run of the loader. Raises EnvironmentLack where it cannot be started, and from `result` where it fails."""
+
+    def __init__(self, text: str, folder: Path) -> None:
+        folder.mkdir()
+        source = folder / "text.c"
+        source.write_text(text, encoding="ascii")
+        command = [SYSTEM_PYTHON, "-I", str(files("bucketprobe").joinpath("loader.py")), str(folder)]
+        try:
+            with source.open("rb") as stdin:
+                self._process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
             raise EnvironmentLack(f"{SYSTEM_PYTHON} cannot be run ({error.strerror}): apt-get install python3-bpfcc.") from None
-        except subprocess.TimeoutExpired as error:
-            raise EnvironmentLack(f"Compiling the probes took over {error.timeout:.0f} s: try again when the host is less busy.") from None
-    if done.returncode:
-        trouble = done.stderr.decode(errors="replace").strip()
-        if "No module named 'bcc'" in trouble:
-            raise EnvironmentLack("BCC is missing: apt-get install python3-bpfcc (the package named bcc on PyPI is another project).")
-        lines = [line for line in trouble.splitlines() if "error:" in line] or trouble.splitlines()[-1:]
-        reason = lines[0].strip() if lines else f"the compiler ended with {done.returncode}"
-        raise EnvironmentLack(f"The probes could not be compiled ({reason}): install Debian's python3-bpfcc, 0.26 or later.")
-    try:
-        programs = _programs(done.stdout)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise EnvironmentLack(f"The compiler's answer cannot be read: is {SYSTEM_PYTHON}'s bcc Debian's python3-bpfcc?") from None
-    _replace(path, f"{hashlib.sha256(done.stdout).hexdigest()}\n{done.stdout.decode()}", log)
-    return programs
+
+    def result(self) -> dict[str, str]:
+        """Bytecode in base64 by program name."""
+        try:
+            out, err = self._process.communicate(timeout=COMPILE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise EnvironmentLack(f"Compiling took over {COMPILE_SECONDS} s: try again when the host is less busy.") from None
+        if self._process.returncode:
+            raise EnvironmentLack(_why(err.decode(errors="replace").strip(), self._process.returncode))
+        try:
+            programs: dict[str, str] = json.loads(out)["programs"]
+            _programs(out)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EnvironmentLack(f"The compiler's answer cannot be read: is {SYSTEM_PYTHON}'s bcc Debian's python3-bpfcc?") from None
+        return programs
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _why(trouble: str, code: int) -> str:
+    """The sentence for what a compiler said last."""
+    if "No module named 'bcc'" in trouble:
+        return "BCC is missing: apt-get install python3-bpfcc (the package named bcc on PyPI is another project)."
+    lines = [line for line in trouble.splitlines() if "error:" in line] or trouble.splitlines()[-1:]
+    reason = lines[0].strip() if lines else f"the compiler ended with {code}"
+    return f"The probes could not be compiled ({reason}): install Debian's python3-bpfcc, 0.26 or later."
 
 
 def kernel_offsets(cache_dir: str, log: Log) -> dict[str, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,27 +19,35 @@ from harness import Agent, Scripted, Worker, free_port
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_dir(session_base: Path) -> Path:
     """Compiled probes: one agent of the session compiles, the others load."""
-    cache = tmp_path_factory.mktemp("cache")
-    Agent(tmp_path_factory.mktemp("compile"), cache, "--port", "1", ready=False).close()
+    cache = session_base / "cache"
+    Agent(session_base / "compile", cache, "--port", "1", ready=False).close()
     return cache
 
 
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A new folder that the unprivileged agent may search; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="bucketprobe-test-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A folder that the unprivileged agent may search."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        os.chmod(folder, 0o755)
-    return tmp_path
+def base() -> Iterator[Path]:
+    """A folder for one test."""
+    with folder() as path:
+        yield path
 
 
 @pytest.fixture(scope="session")
-def session_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kernel")
-    for name in ("storage", "elsewhere"):
-        (folder / name).mkdir()
-    return folder
+def session_base() -> Iterator[Path]:
+    """A folder for what all tests share."""
+    with folder() as path:
+        for name in ("storage", "elsewhere"):
+            (path / name).mkdir()
+        yield path
 
 
 @pytest.fixture
@@ -121,9 +130,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.kernel)
-
-
-def pytest_sessionstart() -> None:
-    if os.geteuid() != 0:
-        return
-    assert shutil.which("setpriv")

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from bucketprobe import capture
+
 HERE = Path(__file__).parent
 SERVERS = HERE / "servers"
 COMMAND = (str(Path(sys.executable).with_name("bucketprobe")),)
@@ -62,14 +64,14 @@ class Agent:
     ) -> None:
         base.mkdir(parents=True, exist_ok=True)
         self.listen = free_port()
-        self.records_path = base / records if records else None
+        self._records_path = base / records if records else None
         self.log_path = base / "agent.log"
         self.run_dir = run_dir or base / "run"
         self._offset = 0
         self._records: list[Record] = []
         command = [*prefix, *COMMAND, "run", "--listen", f"127.0.0.1:{self.listen}", "--run-dir", str(self.run_dir)]
         command += ["--cache-dir", str(cache_dir), *options]
-        if self.records_path:
+        if self._records_path:
             command += ["--records", str(self.records_path)]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -87,6 +89,11 @@ class Agent:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def records_path(self) -> Path:
+        assert self._records_path
+        return self._records_path
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
@@ -148,14 +155,11 @@ class Agent:
 
     def target_pids(self) -> set[int]:
         """From the control socket, as `bucketprobe capture` asks it."""
-        from bucketprobe import capture  # noqa: PLC0415  (the tests of bad input run without it)
-
         status: dict[str, Any] = dict(capture.status(self.run_dir))
         return {int(pid) for pid in status["processes"]}
 
     def records(self) -> list[Record]:
         """All records so far, in the order in which they were written."""
-        assert self.records_path
         with suppress(FileNotFoundError), self.records_path.open("rb") as file:
             file.seek(self._offset)
             text = file.read()
@@ -171,9 +175,12 @@ class Agent:
 
     def find(self, request_id: str, seconds: float = PATIENCE) -> Record:
         """The one record of a request, waited for."""
-        return await_that(
-            f"a record of {request_id}", lambda: next((r for r in self.records() if r["request_id"] == request_id), None), seconds
-        )
+
+        def look() -> Record | None:
+            return next((record for record in self.records() if record["request_id"] == request_id), None)
+
+        record: Record = await_that(f"a record of {request_id}", look, seconds)
+        return record
 
     @contextmanager
     def exactly(self, count: int, seconds: float = PATIENCE) -> Iterator[list[Record]]:
@@ -385,9 +392,7 @@ class Client:
         self.socket.close()
 
 
-def request(
-    method: str, path: str, request_id: str | None = None, *fields: str, body: bytes = b"", version: str = "HTTP/1.1"
-) -> bytes:
+def request(method: str, path: str, request_id: str | None = None, *fields: str, body: bytes = b"", version: str = "HTTP/1.1") -> bytes:
     """A request with its length, where it has a body."""
     lines = [f"{method} {path} {version}", "Host: bucket", *fields]
     if request_id is not None:

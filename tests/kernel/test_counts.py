@@ -20,19 +20,20 @@ PRIMES = (23, 7, 13)
 KINDS = {"storage": "files", "metadata": "metadata_files", "elsewhere": "other_files"}
 ZERO = {"opens": 0, "write_calls": 0, "write_bytes": 0, "read_calls": 0, "read_bytes": 0, "syncs": 0, "renames": 0}
 
-#: What one call adds, by the worker's name for it.
-CALLS: dict[str, dict[str, int]] = {
-    **dict.fromkeys(("open", "creat", "openat", "openat_directory", "openat2"), {"opens": 1}),
-    **dict.fromkeys(("write", "pwrite", "writev", "pwritev", "pwritev2"), {"write_calls": 1}),
-    **dict.fromkeys(("read", "pread", "readv", "preadv", "preadv2", "read_end"), {"read_calls": 1}),
-    **dict.fromkeys(("copy_file_range", "sendfile", "splice"), {"read_calls": 1, "write_calls": 1}),
-    **dict.fromkeys(("fsync", "fdatasync", "sync_file_range", "fsync_directory"), {"syncs": 1}),
-    **dict.fromkeys(("rename", "renameat", "renameat2"), {"renames": 1}),
-    **dict.fromkeys(("ftruncate", "posix_fallocate", "truncate", "link", "unlink", "mkdir", "open_fails", "write_fails"), {}),
-    **dict.fromkeys(("dup", "dup2", "dup3", "fcntl_dup", "fcntl_dup_cloexec"), {"opens": 1, "write_calls": 2}),
-    "dup2_over": {"opens": 2, "write_calls": 2},
-    "close_range": {"opens": 1, "write_calls": 1},
-}
+#: What one call adds, and the worker's names of such calls.
+_ADDS: tuple[tuple[dict[str, int], str], ...] = (
+    ({"opens": 1}, "open creat openat openat_directory openat2"),
+    ({"write_calls": 1}, "write pwrite writev pwritev pwritev2"),
+    ({"read_calls": 1}, "read pread readv preadv preadv2 read_end"),
+    ({"read_calls": 1, "write_calls": 1}, "copy_file_range sendfile splice"),
+    ({"syncs": 1}, "fsync fdatasync sync_file_range fsync_directory"),
+    ({"renames": 1}, "rename renameat renameat2"),
+    ({}, "ftruncate posix_fallocate truncate link unlink mkdir open_fails write_fails"),
+    ({"opens": 1, "write_calls": 2}, "dup dup2 dup3 fcntl_dup fcntl_dup_cloexec"),
+    ({"opens": 2, "write_calls": 2}, "dup2_over"),
+    ({"opens": 1, "write_calls": 1}, "close_range"),
+)
+CALLS = {name: added for added, names in _ADDS for name in names.split()}
 
 #: The one phase to which a call's time goes, in the storage root.
 PHASES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Agent, Scripted, Step, chunked, request, response, text
+from harness import Agent, Record, Scripted, Step, chunked, request, response, text
 
 NewId = Callable[[], str]
 KIB = 1024
@@ -24,7 +24,16 @@ def serve(data: bytes, answer: bytes, piece: int = 65536) -> list[Step]:
     return [["need", len(data), piece], ["send", text(answer)]]
 
 
-def check(record: dict[str, Any], request_id: str | None, method: str, status: int | None, bytes_in: int | None, bytes_out: int, outcome: str = "complete") -> None:
+def check(
+    record: Record,
+    request_id: str | None,
+    method: str,
+    status: int | None,
+    bytes_in: int | None,
+    bytes_out: int,
+    outcome: str = "complete",
+) -> None:
+    """What the client and the server know of a request is what its record says."""
     names = ("request_id", "method", "status", "bytes_in", "bytes_out", "outcome")
     assert tuple(record[name] for name in names) == (request_id, method, status, bytes_in, bytes_out, outcome)
     assert record["end_ns"] >= record["start_ns"]
@@ -119,7 +128,8 @@ def test_ways_to_receive(one: Any, unique_id: NewId, call: str, piece: int) -> N
 def test_peeking_is_not_reading(one: Any, unique_id: NewId) -> None:
     data, answer = request("PUT", "/v1/b/a", rid := unique_id(), body=b"b" * 500), response(201)
     peeks: list[Step] = [["peek", 1], ["peek", 4096], ["peekmsg", 4096]]
-    one(data, answer, *peeks, ["recv", 10], *peeks, ["need", len(data) - 10, 33], *serve(b"", answer), method="PUT", status=201, bytes_in=500, request_id=rid)
+    steps = [*peeks, ["recv", 10], *peeks, ["need", len(data) - 10, 33], ["send", text(answer)]]
+    one(data, answer, *steps, method="PUT", status=201, bytes_in=500, request_id=rid)
 
 
 # Interim and bodiless responses
@@ -190,11 +200,9 @@ CHUNKS = {
 @pytest.mark.parametrize("parts", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("piece", [37, 4096, 65536])
 @pytest.mark.parametrize("dressed", [False, True], ids=["plain", "extensions and trailers"])
-def test_chunked_request(
-    agent: Agent, scripted: Scripted, unique_id: NewId, parts: list[bytes], piece: int, dressed: bool
-) -> None:
-    more: dict[str, Any] = {"extension": ';name="a value that is long"', "trailers": ["X-T: 1", "X-Sum: abc"], "upper": True} if dressed else {}
-    data = request("PUT", "/v1/b/a", rid := unique_id(), "Transfer-Encoding: chunked") + chunked(parts, **more)
+def test_chunked_request(agent: Agent, scripted: Scripted, unique_id: NewId, parts: list[bytes], piece: int, dressed: bool) -> None:
+    body = chunked(parts, ';name="a value that is long"', ["X-T: 1", "X-Sum: abc"], upper=True) if dressed else chunked(parts)
+    data = request("PUT", "/v1/b/a", rid := unique_id(), "Transfer-Encoding: chunked") + body
     following = request("GET", "/v1/b/a", next_id := unique_id())
     answer = response(201, b"stored")
     with agent.exactly(2) as records, scripted.script(*serve(data, answer, piece), *serve(following, answer)) as client:
@@ -383,7 +391,8 @@ def test_http_1_0_delimited_by_close_keeps_its_file_work(agent: Agent, scripted:
     log = session_base / "storage" / "close-delimited.log"
     data = request("GET", "/v1/b/a", rid := unique_id(), version="HTTP/1.0")
     answer = b"HTTP/1.0 200 OK\r\n\r\nall"
-    with agent.exactly(1) as records, scripted.script(["need", len(data), 4096], ["append", str(log), "seven.."], ["send", text(answer)]) as client:
+    steps: list[Step] = [["need", len(data), 4096], ["append", str(log), "seven.."], ["send", text(answer)]]
+    with agent.exactly(1) as records, scripted.script(*steps) as client:
         client.send(data)
         assert client.receive_all() == answer
     check(records[0], rid, "GET", 200, 0, 3)
@@ -408,9 +417,8 @@ def test_early_final_answer_then_reset(agent: Agent, scripted: Scripted, unique_
         client.send(data[: head_bytes + 10])
         client.expect(answer)
         scripted.result()
-        with pytest.raises(OSError):  # noqa: PT011  (a reset or a broken pipe)
-            for _ in range(100):
-                client.send(b"more of the body that nobody reads" * 1000)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            client.send(b"more of the body that nobody reads" * 1_000_000)
     check(records[0], rid, "PUT", 401, 10, 11)
 
 
@@ -433,9 +441,7 @@ def test_early_final_answer_and_the_body_after_it(agent: Agent, scripted: Script
 
 @pytest.mark.parametrize("interim", [False, True], ids=["plain", "after 100-continue"])
 @pytest.mark.parametrize("how", ["reset", "close"])
-def test_client_goes_away_half_way_through_an_upload(
-    agent: Agent, scripted: Scripted, unique_id: NewId, how: str, interim: bool
-) -> None:
+def test_client_goes_away_half_way_through_an_upload(agent: Agent, scripted: Scripted, unique_id: NewId, how: str, interim: bool) -> None:
     data = request("PUT", "/v1/b/a", rid := unique_id(), "Content-Length: 100000")
     go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
     steps: list[Step] = [["need", len(data), 4096], *([["send", text(go_on)]] if interim else []), ["need", 50_000, 1000], ["drain"]]
@@ -527,9 +533,10 @@ NOT_HTTP = {
 @pytest.mark.parametrize("piece", [65536, 1], ids=["at once", "bytewise"])
 def test_not_http(agent: Agent, scripted: Scripted, data: bytes, piece: int) -> None:
     before = agent.ledger()
-    with agent.exactly(0), scripted.script(["need", len(data), piece], ["send", "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ["drain"]) as client:
+    answer = response(400)
+    with agent.exactly(0), scripted.script(["need", len(data), piece], ["send", text(answer)], ["drain"]) as client:
         client.send(data)
-        client.receive(47)
+        client.expect(answer)
         client.send(request("GET", "/", "after-garbage"))
         client.finish()
         client.expect_end()
@@ -590,7 +597,7 @@ def test_secrets_stay_where_they_are(agent: Agent, scripted: Scripted, unique_id
         f"Forwarded: for={token()}",
     ]
     chunks = chunked([token().encode(), token().encode() * 50], f";{token()}", [f"X-Trailer: {token()}"])
-    answer_fields = (f"Set-Cookie: a={token()}", f"Location: /?{token()}", f"WWW-Authenticate: Basic realm={token()}", f"X-Other: {token()}")
+    answer_fields = (f"Set-Cookie: a={token()}", f"Location: /?{token()}", f"WWW-Authenticate: Basic {token()}", f"X-Other: {token()}")
     data = request("PUT", target, rid := unique_id(), *fields, "Transfer-Encoding: chunked") + chunks
     answer = response(201, token().encode(), *answer_fields, reason=f" {token()}")
     garbage = f"{token()}\r\nCookie: {token()}\r\n\r\n".encode()
@@ -605,9 +612,8 @@ def test_secrets_stay_where_they_are(agent: Agent, scripted: Scripted, unique_id
             client.close()
             scripted.result()
     assert records[0]["request_id"] == rid
-    assert records[0]["path" if "path" in records[0] else "route"]
+    assert (records[0]["route"], records[0]["version"]) == ("/v1/{bucket_id}/{artifact_id}", None)
     shown = str(records[0]) + str(agent.records()) + agent.get("/metrics")[1] + agent.log()
-    assert agent.records_path
     shown += agent.records_path.read_text()
     assert [name for name in tokens if name in shown] == []
 

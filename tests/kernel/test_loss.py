@@ -118,7 +118,8 @@ def test_more_connections_than_there_is_room_for(start_agent: StartAgent, base: 
         assert ledger["records"] == ledger["begun"]
         for record in agent.records():
             size = int(record["request_id"].rpartition("-")[2]) + 1
-            assert (record["status"], record["outcome"], record["bytes_in"], record["files"]["write_bytes"]) == (201, "complete", size, size)
+            assert (record["status"], record["outcome"]) == (201, "complete")
+            assert record["bytes_in"] == record["files"]["write_bytes"] == size
         for client in clients:
             client.close()
         # There is room again.

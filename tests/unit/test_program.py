@@ -84,6 +84,7 @@ def test_the_text_has_everything_once_and_includes_nothing() -> None:
 
 def test_every_program_that_is_attached_or_called_is_compiled(programs: dict[str, bytes]) -> None:
     attached = {*program.REQUIRED_TRACEPOINTS.values(), *program.OPTIONAL_TRACEPOINTS.values()}
+    attached |= {name for _, name in program.STAND_INS.values()}
     # A sync or a change of a file is on_file's; the descriptor decides, and nothing else than a file takes them.
     others = set(abi.Handler) - {abi.Handler.NONE, abi.Handler.SYNC, abi.Handler.CHANGE}
     handlers = {f"on_{handler.name.lower()}" for handler in others}
@@ -98,7 +99,7 @@ def test_a_second_start_needs_no_compiler(cache: Path, programs: dict[str, bytes
 
 def test_a_text_that_changed_is_compiled(cache: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     text = program.compose()
-    monkeypatch.setattr(program, "compose", lambda: text + "\n")
+    monkeypatch.setattr(program, "compose", lambda *parts: text + "\n")
     with pytest.raises(EnvironmentLack, match="cannot be run"):
         program.compiled(str(cache), lambda line: None)
 
@@ -228,11 +229,9 @@ def test_an_answer_of_the_compiler_that_is_none(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_compiler_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(command: list[str], **_: object) -> None:
-        raise subprocess.TimeoutExpired(command, 120)
-
-    monkeypatch.setattr(program.subprocess, "run", slow)
-    assert "over 120 s" in refusal(tmp_path)
+    python_that(tmp_path, "exec sleep 60", monkeypatch)
+    monkeypatch.setattr(program, "COMPILE_SECONDS", 0.2)
+    assert "took over 0.2 s" in refusal(tmp_path)
 
 
 def test_a_failed_start_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 
     service.py PORT BASE [MODEL] [RELATIVE]
 
-MODEL: `threads` (one per connection), `fork` (a process per connection), `swap` (the same, but the parent has closed its log, and opened another
-file by that number, before the child begins), `prefork` (three processes accept), `exec` (as threads; at
-`/exec` it becomes a fresh program that keeps the listening socket). RELATIVE: it works in BASE/storage and names files relative to it.
+MODEL: `threads` (one per connection), `fork` (a process per connection), `swap` (the same, but the parent has closed its log, and
+opened another file by that number, before the child begins), `prefork` (three processes accept). RELATIVE, if it is `relative`:
+the service works in BASE/storage and names files relative to it.
 
     PUT /store/NAME       body to BASE/storage/NAME (open, write of at most 64 KiB at a time, fsync), 201
     GET /store/NAME       the file, 200
@@ -13,7 +13,7 @@ file by that number, before the child begins), `prefork` (three processes accept
     PUT /cycle/N          N times: body to a fresh file under storage, the same number then a socket and a file elsewhere; all closed, 200
     PUT /files/N          N times: body to a file under storage (open, write, close), 200
     GET /pid              the process id, 200
-    GET /exec             200; then exec
+    GET /exec             200; then it becomes a fresh program that keeps the listening socket
 """
 
 from __future__ import annotations

@@ -3,13 +3,15 @@
 
     worker.py PORT BASE
 
-`/do/CALL/N/PLACE` does CALL N times. PLACE is the folder below BASE in which it works; in `storage` the names end in `.meta` where PLACE is
-`metadata`. The answer is JSON: {"bytes": the sum of what the calls returned}. `/net/RECEIVE/SEND` uses these calls for the rest of the
-exchange: the body is read, and an answer of the body's length sent, by them. One thread for each connection.
+`/do/CALL/N/PLACE` does CALL N times. PLACE is the folder below BASE in which it works; where it is `metadata`, that is `storage`,
+and the names end in `.meta`. `/prepare/CALL/N/PLACE` comes first and makes what the calls need. The answer is JSON:
+{"bytes": the sum of what the calls returned}. `/net/RECEIVE/SEND/PLACE` uses these calls for the exchange itself: the body is read,
+and as many bytes are sent back, by them. One thread for each connection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -34,7 +36,7 @@ def system_call(number: int, *arguments: object) -> int:
 
 
 class Work:
-    """One request's calls. `a` and `b` are files that were opened before the request (by `prepare`) for I/O on them."""
+    """One connection's work in one place. `a`, `b` and `directory` stay open from its first request on."""
 
     def __init__(self, folder: str, suffix: str, thread: int) -> None:
         self.folder = folder
@@ -77,10 +79,8 @@ class Work:
         os.close(system_call(SYS_OPENAT2, AT_FDCWD, self.new_name().encode(), ctypes.byref(how), ctypes.sizeof(how)))
 
     def do_open_fails(self, i: int) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.open(self.name(f"no-such-folder/{i}"), os.O_RDONLY)
-        except FileNotFoundError:
-            pass
 
     # writes
 
@@ -100,10 +100,8 @@ class Work:
         return os.pwritev(self.a, [bytes(PIECES[i % 4])], 5, os.RWF_DSYNC)
 
     def do_write_fails(self, _: int) -> None:
-        try:
+        with contextlib.suppress(OSError):
             os.write(self.directory, b"a directory")
-        except OSError:
-            pass
 
     # reads
 
@@ -355,7 +353,7 @@ def serve(connection: socket.socket, base: str) -> None:
             if not byte:
                 return
             head += byte
-        method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
+        _, path, _ = head.split(b"\r\n")[0].decode().split(" ")
         length = next((int(line.split(b": ")[1]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length: ")), 0)
         _, what, call, argument, *place = path.split("/")
         if what == "net":
