@@ -368,7 +368,7 @@ INLINE void received(struct conn *c, struct slot *s)
 int on_frame(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct scratch *x = scratch();
-	__u32 dir, n, used = 0;
+	__u32 dir, n, used = 0, met, first_line;
 	__u64 address, left, sk;
 	struct thread *t;
 	struct conn *c;
@@ -415,15 +415,16 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	result = ((volatile struct http1_step *)&x->step)->result;
 	used = ((volatile struct http1_step *)&x->step)->used;
 	x->offset += used;
-	if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && !http1_usable(d))) {
-		/* On a connection that was met in the middle, this may be the rest of a body: look again at the next read. */
-		if (!dir && c->flags & RF_OLD && !s->begun && !c->rx_seq) {
-			http1_next(d);
-			slot_free(s);
-			return 0;
-		}
+	/* On a connection that was met in the middle this may be the rest of a body, until a whole request line says otherwise. */
+	met = !dir && c->flags & RF_OLD && !c->rx_seq && !s->begun;
+	first_line = d->state < HTTP1_NAME || d->state == HTTP1_SECOND;
+	if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && !http1_usable(d)) || (met && !first_line && !http1_known_method(d))) {
 		if (!dir)
 			slot_free(s);
+		if (met) {
+			http1_next(d); /* look again at the next read */
+			return 0;
+		}
 		lose(c, dir, ST_HEAD_MALFORMED);
 		return 0;
 	}
@@ -434,8 +435,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (d->head - used >= config(CFG_HEAD_BYTES))
 		used = 0; /* enough of it has been sent */
-	/* What the agent met in the middle may be a body, until a request line is seen whole. */
-	if (!dir && c->flags & RF_OLD && !c->rx_seq && (d->state < HTTP1_NAME || d->state == HTTP1_SECOND))
+	if (met && first_line)
 		used = 0;
 	if (used || result == HTTP1_DONE) {
 		struct bp_head_event *e = &x->head.e;

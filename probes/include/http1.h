@@ -204,6 +204,15 @@ static inline __attribute__((always_inline)) void http1_head(volatile struct htt
 	d->head += step->used;
 }
 
+/* Whether the first word is a method of RFC 9110 or 5789: to be asked where a head may as well be a piece of a body. */
+static inline __attribute__((always_inline)) int http1_known_method(struct http1 *d)
+{
+	__u64 word = d->first; /* below: get, put, head, post, patch, delete, options, trace, connect */
+
+	return word == 0x676574ULL || word == 0x707574ULL || word == HTTP1_METHOD_HEAD || word == 0x706f7374ULL || word == 0x7061746368ULL ||
+	       word == 0x64656c657465ULL || word == 0x6f7074696f6e73ULL || word == 0x7472616365ULL || word == HTTP1_METHOD_CONNECT;
+}
+
 /* Whether a complete head says how its message is framed: its length is a number and its status has three digits. */
 static inline __attribute__((always_inline)) int http1_usable(struct http1 *d)
 {
