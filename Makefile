@@ -23,8 +23,9 @@ lint: setup ## Check style with ruff and types with mypy
 	@rm -rf build
 	cd .venv/typecheck && ../bin/python -m mypy --config-file ../../pyproject.toml -p bucketprobe
 
-bench: setup ## Measure what the agent costs (as root)
+bench: setup ## Measure what the agent costs, and update the README's table (as root, some six minutes)
 	@$(python) tests/bench/bench.py
+	@$(python) tests/bench/readme_table.py
 
 truth: setup ## Compare what the agent reports with servers that know the truth, and update the README's table (as root)
 	$(python) -m pytest tests/truth -q
