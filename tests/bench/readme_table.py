@@ -23,13 +23,13 @@ BASELINES = ("agent off", "a bare Python", "requests per second | 1/s")
 
 
 def rows(parts: Mapping[str, Any]) -> Iterator[str]:
-    for part in parts.values():
+    for name, part in parts.items():
         for figure in part["figures"]:
             if any(word in f"{figure['name']} | {figure['unit']}" for word in BASELINES):
                 continue
             goal = "" if figure["goal"] is None else f"≤ {figure['goal']:g}"
             spread = f"{number_text(figure['min'])} .. {number_text(figure['max'])}"
-            yield f"| {figure['name']} | {number_text(figure['median'])} | {spread} | {figure['unit']} | {goal} |"
+            yield f"| {name}: {figure['name']} | {number_text(figure['median'])} | {spread} | {figure['unit']} | {goal} |"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -37,7 +37,8 @@ def table(results: Mapping[str, Any]) -> str:
     host = results["host"]
     lines = ["| figure | median | min .. max | unit | first goal |", "|---|---:|---:|---|---:|", *rows(results["parts"]), ""]
     lines += [f"{name}: {part['note']}." for name, part in results["parts"].items()]
-    lines.append(f"Measured on {host['date'][:10]} on Linux {host['kernel']} ({host['cpus']} CPUs) by `make bench`, which also writes this table.")
+    place = f"{host['date'][:10]} on Linux {host['kernel']} ({host['cpus']} CPUs)"
+    lines.append(f"Measured on {place} by `make bench`, which also writes this table.")
     return "\n".join(lines)
 
 
