@@ -97,6 +97,7 @@ INLINE void slot_free(struct slot *s)
 	s->send_ns = 0;
 	s->wait_rx_ns = 0;
 	s->wait_tx_ns = 0;
+	s->runqueue_ns = 0;
 	s->bytes_in = 0;
 	s->recv_calls = 0;
 	s->send_calls = 0;
@@ -212,6 +213,7 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 	long ret = ctx->args[1];
 	struct conn *c;
 	struct slot *s;
+	int first;
 
 	if (!t || !x)
 		return 0;
@@ -233,12 +235,20 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	}
 	c->tgid = tgid;
-	if (!s->rid && c->dir[0].mode == HTTP1_HEAD)
+	first = !s->rid && c->dir[0].mode == HTTP1_HEAD;
+	if (first)
 		slot_open(c, s, t->enter_ns, t->exit_ns);
 	if (s->rid) {
-		__u64 since_start = t->exit_ns - s->start_ns;
+		__u64 took = t->exit_ns - s->start_ns;
 
-		s->recv_ns += t->took < since_start ? t->took : since_start;
+		if (took > t->took) {
+			took = t->took;
+		} else if (first) {
+			/* The thread slept in this read until the request came. Its wait for a CPU since then is not the network's. */
+			s->runqueue_ns = t->delayed < took ? t->delayed : took;
+			took -= s->runqueue_ns;
+		}
+		s->recv_ns += took;
 		s->recv_calls++;
 	}
 	s = current(c);

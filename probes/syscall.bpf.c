@@ -64,6 +64,7 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	__u64 id = pid_tgid();
 	__u32 tid = id;
 	struct thread *t;
+	__u64 delay;
 	__u32 call;
 
 	if (!is_target(id >> 32))
@@ -83,12 +84,15 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		t = entered(tid, t, *handler, nr, &regs);
 		if (!t)
 			return 0;
+		t->run_delay = run_delay();
 	}
 	if (!t->entered)
 		return 0;
 	call = t->call;
 	t->entered = 0;
-	t->run_delay = run_delay();
+	delay = run_delay();
+	t->delayed = delay - t->run_delay;
+	t->run_delay = delay;
 	t->exit_ns = ktime_ns();
 	t->took = t->exit_ns - t->enter_ns;
 	if (call == H_CLOSE) {

@@ -59,6 +59,7 @@ struct slot {
 	__u64 start_ns;
 	__u64 first_read_ns;
 	__u64 recv_ns, send_ns, wait_rx_ns, wait_tx_ns;
+	__u64 runqueue_ns; /* in the read that brought it */
 	__u64 bytes_in;
 	__u32 recv_calls, send_calls;
 	__u32 tid;  /* the last thread that used its socket */
@@ -92,6 +93,7 @@ struct thread {
 	__u64 enter_ns, exit_ns, took; /* of the call, ns */
 	__u64 a0, a1, a2, a3;
 	__u64 run_delay; /* its runqueue wait up to the last boundary, ns */
+	__u64 delayed;   /* ... within the call */
 	__u64 sk, rid;   /* the request that it works on */
 	__u64 runqueue_ns;
 	__u64 closing; /* generation of which this call closes a descriptor */
@@ -494,9 +496,10 @@ INLINE void end_emit(struct conn *c, struct slot *s, struct thread *t, __u32 out
 	e.status = c->dir[1].status;
 	e.flags = s->flags | c->flags;
 	e.lost = s->lost;
+	e.runqueue_ns = s->runqueue_ns;
 	e.framed = s->rx_complete || c->dir[0].mode != HTTP1_LOST;
 	if (t && t->rid == s->rid) {
-		e.runqueue_ns = t->runqueue_ns;
+		e.runqueue_ns += t->runqueue_ns;
 		e.lost += t->lost;
 	}
 	stat_add(ST_COMPLETE + outcome, 1);

@@ -141,7 +141,7 @@ def test_100_continue(agent: Agent, scripted: Scripted, unique_id: NewId, times:
     interim, answer = b"HTTP/1.1 100 Continue\r\n\r\n" * times, response(201, b"done!")
     data = request("PUT", "/v1/b/a", rid := unique_id(), "Expect: 100-continue", body=b"x" * 1000)
     head, body = data[:-1000], data[-1000:]
-    steps = [["need", len(head), 4096], ["send", text(interim)], ["need", 1000, 4096], ["send", text(answer)]]
+    steps: list[Step] = [["need", len(head), 4096], ["send", text(interim)], ["need", 1000, 4096], ["send", text(answer)]]
     if together:
         steps = [["need", len(data), 4096], ["send", text(interim + answer)]]
     with agent.exactly(1) as records, scripted.script(*steps) as client:
@@ -327,7 +327,7 @@ def test_chunked_requests_pipelined(agent: Agent, scripted: Scripted, unique_id:
 def test_more_pipelined_than_can_be_followed_is_said(agent: Agent, scripted: Scripted, unique_id: NewId) -> None:
     data = b"".join(request("GET", "/", unique_id()) for _ in range(20))
     before = agent.ledger()
-    steps = ["need", len(data), 65536], *([["send", text(response(200))]] * 20)
+    steps: list[Step] = [["need", len(data), 65536], *([["send", text(response(200))]] * 20)]
     with agent.exactly(16), scripted.script(*steps) as client:
         client.send(data)
         client.expect(response(200) * 20)
@@ -372,6 +372,16 @@ def test_sendfile_body(agent: Agent, scripted: Scripted, unique_id: NewId, sessi
     check(records[0], rid, "GET", 200, 0, size)
     assert records[0]["files"]["opens"] == 1
     assert records[0]["files"]["read_bytes"] == size
+
+
+@pytest.mark.parametrize("closed", ["the first", "the second"])
+def test_socket_with_two_descriptors(one: Any, unique_id: NewId, closed: str) -> None:
+    """Half by the one and half by the other; which of them is closed in between makes no difference."""
+    data, answer = request("PUT", "/v1/b/a", rid := unique_id(), body=b"d" * 400), response(201, b"two halves")
+    swap: Step = ["duplicate"] if closed == "the first" else ["duplicate", "back"]
+    steps: list[Step] = [["need", 100, 4096], swap, ["need", len(data) - 100, 4096]]
+    steps += [["send", text(answer[:30])], swap, ["send", text(answer[30:])]]
+    one(data, answer, *steps, method="PUT", status=201, bytes_in=400, bytes_out=10, request_id=rid)
 
 
 # How a connection ends
@@ -426,7 +436,7 @@ def test_early_final_answer_and_the_body_after_it(agent: Agent, scripted: Script
     data, answer = request("PUT", "/v1/b/a", one := unique_id(), body=body), response(403, b"no")
     following, then = request("GET", "/v1/b/a", two := unique_id()), response(200, b"yes")
     head = len(data) - len(body)
-    steps = [["need", head, 4096], ["send", text(answer)], ["need", len(body), 777], *serve(following, then)]
+    steps: list[Step] = [["need", head, 4096], ["send", text(answer)], ["need", len(body), 777], *serve(following, then)]
     with agent.exactly(2) as records, scripted.script(*steps) as client:
         client.send(data[:head])
         client.expect(answer)
@@ -476,6 +486,25 @@ def test_server_breaks_off_half_way_through_its_answer(agent: Agent, scripted: S
         client.receive(1275)
         time.sleep(0.05)
     check(records[0], rid, "GET", 200, 0, 1234, "server_closed")
+
+
+@pytest.mark.parametrize("how", ["close", "kill", "client"])
+def test_file_work_of_a_request_that_is_broken_off(
+    agent: Agent, scripted: Scripted, unique_id: NewId, session_base: Path, how: str
+) -> None:
+    """Also on a file that stays open."""
+    path = session_base / "storage" / "broken-off"
+    data = request("PUT", "/v1/b/a", rid := unique_id(), "Content-Length: 500") + b"h" * 250
+    steps: list[Step] = [["need", len(data), 4096], ["append", str(path), "h" * 250], ["drain"] if how == "client" else [how]]
+    with agent.exactly(1) as records, scripted.script(*steps) as client:
+        client.send(data)
+        if how == "client":
+            time.sleep(0.05)
+            client.close()
+        else:
+            client.expect_end()
+    check(records[0], rid, "PUT", None, 250, 0, "client_closed" if how == "client" else "server_closed")
+    assert (records[0]["files"]["write_calls"], records[0]["files"]["write_bytes"]) == (1, 250)
 
 
 @pytest.mark.parametrize("how", ["close", "kill"])

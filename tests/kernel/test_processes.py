@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import Agent, Client, Record, Service, alive, await_that, free_port, process_ended, request
+from harness import Agent, Client, Record, Server, Service, alive, await_that, free_port, process_ended, request
 
 NewId = Callable[[], str]
 StartAgent = Callable[..., Agent]
@@ -166,6 +166,33 @@ def test_number_of_a_file_means_another_one_in_the_child(start_agent: StartAgent
                 time.sleep(0.2)
         for i, record in enumerate(records):
             assert (record["files"], record["other_files"]) == ({**NO_FILES, "write_calls": 1, "write_bytes": i + 1}, NO_FILES)
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("model", ["threading", "forking"])
+def test_servers_of_the_standard_library(start_agent: StartAgent, base: Path, unique_id: NewId, model: str, version: str) -> None:
+    port = free_port()
+    (base / "storage").mkdir()
+    agent = start_agent("--port", str(port), *for_storage(base), ready=False)
+    with Server("standard.py", port, base, model, version), agent.exactly(20) as records:
+        for i in range(10):
+            body = b"s" * (1 + i * 7001)
+            put_it, get_it = request("PUT", f"/s{i}", unique_id(), body=body), request("GET", f"/s{i}", unique_id(), "Connection: close")
+            if version == "HTTP/1.1":
+                with Client(port) as client:
+                    assert client.ask(put_it) == (201, b"stored")
+                    assert client.ask(get_it) == (200, body)
+                continue
+            for data, answer in ((put_it, b"stored"), (get_it, body)):
+                with Client(port) as client:
+                    client.send(data)
+                    assert client.receive_all().endswith(b"\r\n\r\n" + answer)
+    for i, record in enumerate(records):
+        size = 1 + (i // 2) * 7001
+        stored, read = (0, size) if i % 2 else (size, 0)
+        assert (record["status"], record["outcome"]) == (200 if i % 2 else 201, "complete")
+        assert (record["bytes_in"], record["bytes_out"]) == (stored, read or 6)
+        assert (record["files"]["write_bytes"], record["files"]["read_bytes"], record["files"]["opens"]) == (stored, read, 1)
 
 
 # Exec
@@ -393,6 +420,32 @@ def test_two_targets(start_agent: StartAgent, base: Path, unique_id: NewId) -> N
         await_that("the second target is gone", lambda: agent.target_pids() == {one.pid})
         with agent.exactly(1), Client(ports[0]) as first:
             put(first, unique_id(), b"still")
+
+
+def test_ipv6_and_ipv4_on_one_listener(start_agent: StartAgent, base: Path, unique_id: NewId) -> None:
+    port = free_port()
+    with Service(port, base, "threads", "ipv6"), Client(port, "::1") as old:
+        put(old, unique_id(), b"before")
+        agent = start_agent("--port", str(port), *for_storage(base))
+        with agent.exactly(3) as records, Client(port, "::1") as six, Client(port) as four:
+            for client in (old, six, four):
+                put(client, unique_id(), b"version")
+        for record in records:
+            check_put(record, b"version")
+
+
+def test_service_that_is_its_own_client(start_agent: StartAgent, base: Path, unique_id: NewId) -> None:
+    """Its outgoing connections are no requests to it; the one that it makes to itself is one request, not two."""
+    port = free_port()
+    with Service(port, base) as running:
+        agent = start_agent("--port", str(port), *for_storage(base))
+        answer = str(running.pid).encode()
+        with agent.exactly(2) as records, Client(port) as client:
+            assert client.ask(request("GET", "/self", outer := unique_id())) == (200, answer)
+        assert [record["request_id"] for record in records] == [outer, "inner"]
+        for record in records:
+            assert (record["status"], record["outcome"], record["bytes_in"], record["bytes_out"]) == (200, "complete", 0, len(answer))
+            assert record["attribution"]["label"] == "exact"
 
 
 # The agent comes and goes

@@ -12,6 +12,7 @@ latin-1 text. Steps, each a list:
     drain                      read until the end
     send T [PIECE [PAUSE]] | write T | writev [T..] | sendmsg [T..] fill N [PIECE]
     sendfile PATH N            as many calls as it needs
+    duplicate [back]           a duplicate takes the place of the descriptor, which is closed; with `back` on its number again
     append PATH T              a write to a file that stays open from one script to the next
     shutdown | close | reset | kill | sleep S | await (a line on standard input)
 """
@@ -102,6 +103,17 @@ class Conversation:
             at += os.sendfile(self.connection.fileno(), fd, at, count - at)
         os.close(fd)
 
+    def duplicate(self, back: str = "") -> None:
+        first = self.connection.detach()
+        other = os.dup(first)
+        if back:
+            os.dup2(other, first)
+            os.close(other)
+            other = first
+        else:
+            os.close(first)
+        self.connection = socket.socket(fileno=other)
+
     def append(self, path: str, text: str) -> None:
         if path not in appended:
             appended[path] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -144,7 +156,7 @@ def main() -> None:
                 getattr(talk, {"await": "wait"}.get(name, name))(*arguments)
         except (OSError, EOFError) as trouble:
             error = str(trouble)
-        connection.close()
+        talk.connection.close()
         print(json.dumps({"received": talk.received, "reads": talk.reads, "error": error}), flush=True)
 
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small HTTP server in the models in which services run.
 
-    service.py PORT BASE [MODEL] [RELATIVE]
+    service.py PORT BASE [MODEL [OPTION...]]
 
 MODEL: `threads` (one per connection), `fork` (a process per connection), `swap` (the same, but the parent has closed its log, and
-opened another file by that number, before the child begins), `prefork` (three processes accept). RELATIVE, if it is `relative`:
-the service works in BASE/storage and names files relative to it.
+opened another file by that number, before the child begins), `prefork` (three processes accept). OPTION `relative`:
+the service works in BASE/storage and names files relative to it; `ipv6`: it listens there, for IPv4 as well.
 
     PUT /store/NAME       body to BASE/storage/NAME (open, write of at most 64 KiB at a time, fsync), 201
     GET /store/NAME       the file, 200
     PUT /log              body appended to BASE/storage/service.log, which was opened at the start, 200
     PUT /cycle/N          N times: body to a fresh file under storage, the same number then a socket and a file elsewhere; all closed, 200
     PUT /files/N          N times: body to a file under storage (open, write, close), 200
+    GET /self             what it answers itself when it asks, as a client of its own, for /pid, 200
     GET /pid              the process id, 200
     GET /exec             200; then it becomes a fresh program that keeps the listening socket
 """
@@ -34,7 +35,12 @@ def main() -> None:
         os.chdir(root)
         root = "."
     inherited = os.environ.get("LISTENER")
-    listener = socket.socket(fileno=int(inherited)) if inherited else socket.create_server(("127.0.0.1", port), backlog=512)
+    if inherited:
+        listener = socket.socket(fileno=int(inherited))
+    elif "ipv6" in sys.argv[4:]:
+        listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=512, dualstack_ipv6=True)
+    else:
+        listener = socket.create_server(("127.0.0.1", port), backlog=512)
     service = Service(listener, root, base)
     print("listening", flush=True)
     if model == "prefork":
@@ -105,6 +111,10 @@ class Service:
         _, what, *rest = path.split("/")
         if what == "pid":
             return 200, str(os.getpid()).encode()
+        if what == "self":
+            with socket.create_connection(("127.0.0.1", self.listener.getsockname()[1])) as inner:
+                inner.sendall(b"GET /pid HTTP/1.1\r\nX-Request-ID: inner\r\n\r\n")
+                return 200, inner.recv(4096).rpartition(b"\n")[2]
         if what == "log":
             os.write(self.log, body)
             return 200, b"logged"
