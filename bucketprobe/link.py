@@ -6,6 +6,7 @@ from __future__ import annotations
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from contextlib import suppress
@@ -37,25 +38,29 @@ class BrokerLink:
         theirs.close()
         wire.send(self.socket, settings.as_dict())
         self._waiting: deque[tuple[wire.Message, list[int]]] = deque()
+        # The loop hears and tells; a scrape, in a thread of its own, may ask. An answer must reach whoever asked.
+        self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
     def tell(self, message: wire.Message) -> None:
         """Sends a message. While there is no room for it, what the broker says is taken in: it may itself be waiting for room."""
-        while not select.select([], [self.socket], [], 0)[1]:
-            if select.select([self.socket], [self.socket], [])[0]:
-                self._waiting.append(self._receive())
-        wire.send(self.socket, message)
+        with self._lock:
+            while not select.select([], [self.socket], [], 0)[1]:
+                if select.select([self.socket], [self.socket], [])[0]:
+                    self._waiting.append(self._receive())
+            wire.send(self.socket, message)
 
     def ask(self, message: wire.Message) -> wire.Message:
         """Sends a question and waits for its answer, of the same `op`; what comes between is kept."""
-        self.tell(message)
-        while True:
-            received = self._receive()
-            if received[0]["op"] == message["op"]:
-                return received[0]
-            self._waiting.append(received)
+        with self._lock:
+            self.tell(message)
+            while True:
+                received = self._receive()
+                if received[0]["op"] == message["op"]:
+                    return received[0]
+                self._waiting.append(received)
 
     def _receive(self) -> tuple[wire.Message, list[int]]:
         received = wire.receive(self.socket)
@@ -65,16 +70,17 @@ class BrokerLink:
 
     def messages(self) -> list[tuple[wire.Message, list[int]]]:
         """What has come, without waiting. Raises BucketprobeError where the broker is gone."""
-        found = list(self._waiting)
-        self._waiting.clear()
-        while select.select([self.socket], [], [], 0)[0]:
-            try:
-                found.append(self._receive())
-            except BucketprobeError:
-                if found:
-                    return found  # its last words first; the next call says that it is gone
-                raise
-        return found
+        with self._lock:
+            found = list(self._waiting)
+            self._waiting.clear()
+            while select.select([self.socket], [], [], 0)[0]:
+                try:
+                    found.append(self._receive())
+                except BucketprobeError:
+                    if found:
+                        return found  # its last words first; the next call says that it is gone
+                    raise
+            return found
 
     def await_ready(self) -> tuple[wire.Message, list[int]]:
         """The message that says that all is attached. Raises what the broker failed of."""
