@@ -245,7 +245,10 @@ class Server:
         self.port = port
         self.base = base
         command = [executable, "-I", "-S", str(SERVERS / program), str(port), str(base), *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        # A session of its own: `kill` then reaches its children as well.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+        )
         assert self.process.stdout
         assert self.process.stdout.readline() == "listening\n"
 
@@ -260,8 +263,8 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
         assert self.process.stdin
         assert self.process.stdout
