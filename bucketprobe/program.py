@@ -29,6 +29,7 @@ from bucketprobe.errors import EnvironmentLack
 SYSTEM_PYTHON = "/usr/bin/python3"
 #: The probes' texts by compilation unit: two are compiled at once, in half the time of one.
 UNITS = (("socket",), ("syscall", "process", "file"))
+PARTS = tuple(part for unit in UNITS for part in unit)
 
 #: Raw tracepoint -> program. The second group may be missing: the agent then says what it cannot see.
 REQUIRED_TRACEPOINTS = {
@@ -53,7 +54,7 @@ COMPILE_SECONDS = 120
 Log = Callable[[str], None]
 
 
-def compose(parts: Iterable[str] = tuple(part for unit in UNITS for part in unit)) -> str:
+def compose(parts: Iterable[str] = PARTS) -> str:
     """The C text of some probes, or of all. Local includes are put in once each: the compiler sees no file system."""
     room = files("bucketprobe.probes")
     seen: set[str] = set()
