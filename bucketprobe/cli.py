@@ -81,6 +81,9 @@ def _settings(given: dict[str, Any]) -> Any:
 
     table_of = {key.name: key.table for key in config.KEYS}
     path = given.pop("config", None)
+    for name in ("run_dir", "cache_dir"):  # a shell's user means the current directory; a file's author cannot know it
+        given[name] = given.get(name) and os.path.abspath(given[name])
+    given["roots"] = tuple(map(os.path.abspath, given["roots"]))
     return config.load(path, {f"{table_of[name]}.{name}": value for name, value in given.items()})
 
 

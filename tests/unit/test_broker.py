@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -417,3 +418,35 @@ def test_a_burst_of_messages_does_not_make_each_wait_for_the_other(monkeypatch: 
     agent.close()
     assert not stuck, "the agent waits to send, and its broker does, too"
     assert len(heard) == count
+
+
+def test_an_answer_reaches_whoever_asked_while_the_loop_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape asks from a thread of its own; the loop, which hears the same socket, must not take its answers."""
+    count = 300
+
+    def serve(end: socket.socket, _: wire.Message) -> None:
+        while (received := wire.receive(end)) is not None:
+            wire.send(end, {"op": "log", "text": "in between"})
+            wire.send(end, {"op": received[0]["op"], "values": []})
+
+    FakeBroker(monkeypatch, serve)
+    agent = link.BrokerLink(SETTINGS)
+    answers: list[str] = []
+
+    def scrape() -> None:
+        answers.extend(agent.ask({"op": "stats"})["op"] for _ in range(count))
+
+    heard: list[str] = []
+    scraper = threading.Thread(target=scrape, daemon=True)
+    scraper.start()
+    ends = time.monotonic() + SECONDS
+    while scraper.is_alive() and time.monotonic() < ends:
+        heard += [message["op"] for message, _ in agent.messages()]
+    stuck = scraper.is_alive()
+    if stuck:
+        agent.socket.shutdown(socket.SHUT_RDWR)
+        scraper.join(1)
+    agent.close()
+    assert not stuck, "the loop took an answer"
+    assert answers == ["stats"] * count
+    assert "stats" not in heard

@@ -130,12 +130,19 @@ def test_a_configuration_that_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--port", "0"), ("--pid", "-5"), ("--ring-bytes", "1000"), ("--head-bytes", "1"), ("--listen", "nowhere"), ("--run-dir", "relative")],
+    [("--port", "0"), ("--pid", "-5"), ("--ring-bytes", "1000"), ("--head-bytes", "1"), ("--listen", "nowhere")],
 )
 def test_an_option_that_is_not_allowed_says_what_is(option: str, value: str) -> None:
     text = sentence(call("run", option, value), 2)
     assert text.startswith(f"{option}: ")
     assert "give" in text
+
+
+def test_directories_of_the_command_line_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = cli._settings({"roots": ("data", "/srv"), "run_dir": "run", "cache_dir": None})
+    assert settings.storage.roots == (str(tmp_path / "data"), "/srv")
+    assert settings.run_dir == str(tmp_path / "run")
 
 
 def test_an_agent_without_a_target_names_the_options(tmp_path: Path) -> None:
