@@ -176,6 +176,12 @@ INLINE void cursor(struct scratch *x, struct thread *t, __u32 dir, __u64 total)
 		x->vectors = count;
 }
 
+/* Forgets what the last step saw: behind the end of a head or of a chunk's size lie the first bytes of a body. */
+INLINE void wipe(struct scratch *x)
+{
+	read_kernel(x->head.bytes, sizeof(x->head.bytes), &x->blank);
+}
+
 /* Where the byte at the cursor lies, and how many follow it there. 0: it cannot be seen. */
 INLINE __u64 locate(struct scratch *x, __u64 *left)
 {
@@ -429,6 +435,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	met = !dir && c->flags & RF_OLD && !c->rx_seq && !s->begun;
 	first_line = d->state < HTTP1_NAME || d->state == HTTP1_SECOND;
 	if (result == HTTP1_MALFORMED || (result == HTTP1_DONE && !http1_usable(d)) || (met && !first_line && !http1_known_method(d))) {
+		wipe(x);
 		if (!dir)
 			slot_free(s);
 		if (met) {
@@ -466,6 +473,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (result != HTTP1_DONE)
 		goto more;
+	wipe(x);
 	if (!dir) {
 		s->begun = 1;
 		s->method = d->first == HTTP1_METHOD_HEAD ? METHOD_HEAD : d->first == HTTP1_METHOD_CONNECT ? METHOD_CONNECT : 0;
@@ -550,6 +558,7 @@ int on_chunk(struct bpf_raw_tracepoint_args *ctx)
 		http1_chunk(d, x->head.bytes, &x->step);
 		result = ((volatile struct http1_step *)&x->step)->result;
 		x->offset += ((volatile struct http1_step *)&x->step)->used;
+		wipe(x);
 		if (result == HTTP1_MALFORMED) {
 			lose(c, dir, ST_CHUNK_MALFORMED);
 			return 0;
