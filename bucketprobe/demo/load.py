@@ -57,6 +57,7 @@ OFFSET_TRIES = 5
 
 #: include/uapi/asm-generic/socket.h and linux/net_tstamp.h; the socket module has none of them.
 SO_TIMESTAMPING = 37
+SO_RCVBUFFORCE = 33
 STAMP_SENT = 1 << 1
 STAMP_RECEIVED = 1 << 3
 REPORT_STAMPS = 1 << 4
@@ -84,6 +85,11 @@ class LoadOptions:
 
     `curl_every`: each so many-th request of a thread is made by a curl process. `rate`: requests per second of all
     connections together at most. `log`: the file that gets a line per request, appended.
+
+    `same_head`: how many bytes all artifacts have in common at their beginning; where they are many or none is asked for, it
+    costs a digest over the whole artifact. None: artifacts beyond 64 KiB have their whole steps in common, shorter ones nothing.
+    `paced_share`: which share of the uploads, whatever their size, is sent in parts with pauses. None: few, and small ones.
+    `receive_buffer`: how many bytes of an answer the kernel takes before the client reads them; without a limit for root alone.
     """
 
     port: int
@@ -98,6 +104,9 @@ class LoadOptions:
     seed: int = 1
     curl_every: int | None = None
     rate: float | None = None
+    same_head: int | None = None
+    paced_share: float | None = None
+    receive_buffer: int | None = None
     log: Path | None = None
 
 
@@ -150,10 +159,12 @@ class Content:
 class Block:
     """One random block, repeated; its SHA-256 is known after each 64 KiB, so that only an artifact's end is ever hashed.
 
-    The key that makes contents differ therefore comes after the last whole step, and not first.
+    The key that makes contents differ therefore comes after the last whole step, and not first, unless `same_head` says after
+    how many bytes it comes.
     """
 
-    def __init__(self, seed: int, max_bytes: int) -> None:
+    def __init__(self, seed: int, max_bytes: int, same_head: int | None = None) -> None:
+        self._same_head = same_head
         self._view = memoryview(random.Random(seed).randbytes(BLOCK))
         state = hashlib.sha256()
         self._states = [state.copy()]
@@ -164,22 +175,33 @@ class Block:
 
     def content(self, size: int, key: bytes) -> Content:
         """`key`: 16 bytes; an artifact shorter than that gets only their beginning."""
-        state = self._states[steps_of(size)].copy()
-        for piece in self._end(size, key):
+        head = self._head(size)
+        known = head // STEP if head % STEP == 0 else 0
+        state = self._states[known].copy()
+        for piece in self._end(size, head, key) if known else self._pieces(size, head, key):
             state.update(piece)
         return Content(size, key, f"sha256:{state.hexdigest()}")
 
     def pieces(self, content: Content) -> Iterator[bytes | memoryview]:
-        rest = steps_of(content.size) * STEP
-        while rest:
-            piece = self._view[: min(rest, BLOCK)]
-            rest -= len(piece)
-            yield piece
-        yield from self._end(content.size, content.key)
+        yield from self._pieces(content.size, self._head(content.size), content.key)
 
-    def _end(self, size: int, key: bytes) -> tuple[bytes, memoryview]:
-        rest = size - steps_of(size) * STEP
-        return key[:rest], self._view[: max(0, rest - KEY_BYTES)]
+    def _head(self, size: int) -> int:
+        """How many bytes come before the key."""
+        return steps_of(size) * STEP if self._same_head is None else min(size, self._same_head)
+
+    def _pieces(self, size: int, head: int, key: bytes) -> Iterator[bytes | memoryview]:
+        yield from self._repeated(head)
+        yield from self._end(size, head, key)
+
+    def _end(self, size: int, head: int, key: bytes) -> Iterator[bytes | memoryview]:
+        yield key[: size - head]
+        yield from self._repeated(size - head - KEY_BYTES)
+
+    def _repeated(self, size: int) -> Iterator[memoryview]:
+        while size > 0:
+            piece = self._view[: min(size, BLOCK)]
+            size -= len(piece)
+            yield piece
 
 
 def steps_of(size: int) -> int:
@@ -265,6 +287,8 @@ class Planner:
         manner = self._choose(MANNERS)
         if manner == "paced" and content.size > SMALL:
             manner = "plain"
+        if self._options.paced_share is not None and self._random.random() < self._options.paced_share:
+            manner = "paced"
         stores = Stored(path, version, content) if expected == 201 else None
         return Plan(kind, "PUT", path, expected, headers, content, manner, stores=stores)
 
@@ -329,6 +353,7 @@ class Client:
         self._address = (options.host, options.port)
         self._block = block
         self._stamps = options.log is not None
+        self._receive_buffer = options.receive_buffer
         self._offset_ns = 0
         self._rx_ns: int | None = None
         self._sock: socket.socket | None = None
@@ -367,6 +392,8 @@ class Client:
             # In the kernel rather than by settimeout(), which would cost a poll(2) before each call.
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TIMEOUT_S, 0))
+            if self._receive_buffer is not None:
+                self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE if os.geteuid() == 0 else socket.SO_RCVBUF, self._receive_buffer)
             if self._stamps:
                 self._sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, STAMP_RECEIVED | REPORT_STAMPS | STAMP_WITHOUT_DATA)
                 self._offset_ns = wall_offset_ns()
@@ -613,7 +640,7 @@ class Team:
         self._options = options
         self._run_id = run_id
         self._process = process
-        self._block = Block(options.seed, options.max_bytes)
+        self._block = Block(options.seed, options.max_bytes, options.same_head)
         self._limit = math.inf if options.requests is None else share(options.requests, options.processes, process)
         self._begun = itertools.count()
         self._stop = threading.Event()
@@ -716,6 +743,8 @@ def check(options: LoadOptions) -> None:
         raise UsageError("the load has no end; give a number of requests or of seconds")
     if not 1 <= options.min_bytes <= options.max_bytes:
         raise UsageError("the smallest size must be at least 1 byte and at most the largest; change --min-bytes or --max-bytes")
+    if options.same_head is not None and not 0 <= options.same_head <= options.max_bytes:
+        raise UsageError("artifacts cannot have more bytes in common than the largest has; change --same-head")
     if not 1 <= options.processes <= options.connections:
         raise UsageError("there must be at least one process, and a connection for each; change --processes or --connections")
     if options.curl_every is not None and shutil.which("curl") is None:
@@ -825,6 +854,9 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[LoadOptions, bool]:
     parser.add_argument("--seed", type=int, default=1, help="of sizes, kinds and bytes (default %(default)s)")
     parser.add_argument("--curl-every", type=int, metavar="K", help="make each K-th request of a connection by a curl process")
     parser.add_argument("--rate", type=float, metavar="R", help="requests per second at most")
+    parser.add_argument("--same-head", type=int, metavar="N", help="all artifacts begin with the same N bytes, and then differ")
+    parser.add_argument("--paced-share", type=float, metavar="P", help="share of uploads sent in parts with pauses, 0 to 1")
+    parser.add_argument("--receive-buffer", type=int, metavar="N", help="bytes of an answer that may wait to be read (root: any number)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line per request")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     values = vars(parser.parse_args(arguments))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketprobe.demo.load import STEP, Block, LoadOptions, LoadResult, Planner, main, quantile, run, share
+from bucketprobe.demo.load import STEP, Block, Client, LoadOptions, LoadResult, Outcome, Planner, main, quantile, run, share
 from bucketprobe.errors import UsageError
 
 BLOCK = Block(1, 40 * STEP)
@@ -122,6 +123,7 @@ def test_the_command_prints_json_and_a_table(server: tuple[int, Path], capsys: p
         ({"requests": None}, "no end"),
         ({"min_bytes": 0}, "--min-bytes"),
         ({"min_bytes": 10, "max_bytes": 9}, "--max-bytes"),
+        ({"same_head": 9 << 20}, "--same-head"),
         ({"processes": 0}, "--processes"),
         ({"processes": 3, "connections": 2}, "--connections"),
         ({"log": Path("/proc/nothing/log")}, "change --log"),
@@ -212,6 +214,14 @@ def test_the_stamps_are_those_of_the_kernel(tmp_path: Path, late: str) -> None:
         assert line["rx_ns"] > line["tx_ns"] + 50_000_000
 
 
+def test_the_kernel_takes_as_much_of_an_answer_as_it_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = Client(LoadOptions(listener.getsockname()[1], receive_buffer=1 << 16), BLOCK)
+        with contextlib.closing(client):
+            ours = client._connect(Outcome())
+            assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 << 16, "socket(7): the kernel doubles it"
+
+
 def test_nonsense_is_an_error() -> None:
     def answer(sock: socket.socket, data: bytes) -> None:
         sock.sendall(b"nonsense\r\n\r\n")
@@ -231,6 +241,31 @@ def test_a_content_has_its_size_and_its_digest(size: int, key: bytes) -> None:
     assert len(data) == size
     assert content.digest == f"sha256:{hashlib.sha256(data).hexdigest()}"
     assert key[:size] in data
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40 * STEP), st.integers(0, 3 * STEP) | st.sampled_from((0, 1, STEP, 2 * STEP)), st.binary(min_size=16, max_size=16))
+def test_contents_have_so_many_bytes_in_common_and_then_differ(size: int, same: int, key: bytes) -> None:
+    block = Block(1, 40 * STEP, same)
+    content = block.content(size, key)
+    data = b"".join(block.pieces(content))
+    assert len(data) == size
+    assert content.digest == f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert data[same : same + 16] == key[: max(0, size - same)]
+    other = b"".join(block.pieces(block.content(40 * STEP, bytes(16))))
+    assert data[:same] == other[: min(same, size)]
+
+
+def test_a_share_of_the_uploads_is_paced_whatever_their_size() -> None:
+    def paced(**changes: Any) -> list[int]:
+        planner = Planner(LoadOptions(port=1, max_bytes=40 * STEP, put_share=1, **changes), BLOCK, "name", "seed")
+        plans = [planner.next() for _ in range(1000)]
+        return [plan.content.size for plan in plans if plan.content and plan.manner == "paced"]
+
+    assert max(paced()) <= 1 << 15
+    assert 200 < len(paced(paced_share=0.25)) < 320
+    assert max(paced(paced_share=0.25)) > 1 << 20
+    assert len(paced(paced_share=1)) == 1000
 
 
 def test_contents_differ_by_key() -> None:
