@@ -278,6 +278,11 @@ def _socket_inode(link: str) -> int | None:
     return int(link[8:-1]) if link.startswith("socket:[") else None
 
 
+def has_uring(tgid: int, *, proc: str = PROC) -> bool:
+    """Whether a process has an io_uring ring, through which it may do file work that makes no system calls of its own."""
+    return any(_link(f"{proc}/{tgid}/fd/{fd}") == "anon_inode:[io_uring]" for fd in _numbers(f"{proc}/{tgid}/fd"))
+
+
 def _kind(path: str, link: str, flags: int) -> FileKind:
     if link.startswith("pipe:"):
         return "pipe"

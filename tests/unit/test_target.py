@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bucketprobe import target
+from bucketprobe import abi, target
 from bucketprobe.config import TargetSpec
 from bucketprobe.target import Found, OpenFile
 
@@ -258,6 +259,29 @@ def test_what_is_not_there_is_left_out(proc: Proc) -> None:
     assert target.threads(99, proc=proc.root) == []
     assert target.cwd(99, proc=proc.root) is None
     assert target.start_time(99, proc=proc.root) is None
+
+
+@pytest.mark.parametrize(
+    ("link", "has"),
+    [("anon_inode:[io_uring]", True), ("anon_inode:[eventpoll]", False), ("/srv/io_uring", False), ("socket:[7]", False)],
+)
+def test_a_ring_is_known_by_its_descriptor(proc: Proc, link: str, has: bool) -> None:
+    proc.add(5, fds={3: "/srv/a", 9: link})
+    assert target.has_uring(5, proc=proc.root) is has
+
+
+def test_a_process_that_is_gone_has_no_ring(proc: Proc) -> None:
+    assert target.has_uring(99, proc=proc.root) is False
+
+
+def test_a_real_ring() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = libc.syscall(abi.CALLS[abi.Handler.URING]["io_uring_setup"], 1, ctypes.create_string_buffer(120))
+    if ring < 0:
+        pytest.skip(f"this host allows no io_uring: {os.strerror(ctypes.get_errno())}")
+    assert target.has_uring(os.getpid())
+    os.close(ring)
+    assert not target.has_uring(os.getpid())
 
 
 def test_the_states_are_in_the_kernels_order() -> None:
