@@ -17,8 +17,13 @@ loopback device (`tx_ns`), which delivers it there and then; without that stamp 
 the client's call. (The kernel stamps in wall time; stamps that do not lie between the client's own are not used, since
 somebody then set that clock.) The first request of a connection begins with the connection if its first byte was there when the server
 accepted, and else like any other. The server's own stamp after accept(2) is late like all of its stamps: where it lies after
-the sending, both starts are possible, the connection's known only to lie within connect(2). An error is the distance to the
-nearest possible truth; how many truths are not a point, and how wide they are, is part of the result.
+the sending, or where the server cannot tell it, both starts are possible, the connection's known only to lie within connect(2).
+An error is the distance to the nearest possible truth; how many truths are not a point, and how wide they are, is part of the
+result.
+
+File work is compared by its counters, and its time as `place_time` says. A counter or a time that the server cannot know is null
+in its line and is not compared. What a request shows and did not do is wrong; what it did and does not show is unattributed; both
+carry the label of its record.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +47,8 @@ Score = dict[str, float | int | None]
 
 COUNTERS = ("opens", "write_calls", "write_bytes", "read_calls", "read_bytes", "syncs", "renames")
 
-#: What this project promises: no more than this of each number.
-GOALS = {
+#: What is exact under every server: no more than this of each number.
+EXACT_GOALS: Mapping[str, float] = {
     "missing": 0,
     "duplicated": 0,
     "invented": 0,
@@ -53,21 +58,61 @@ GOALS = {
     "bytes_in_wrong": 0,
     "bytes_out_wrong": 0,
     "client_disagrees": 0,
-    "write_wrong_bytes": 0,
-    "write_unattributed_bytes": 0,
-    "read_wrong_bytes": 0,
-    "read_unattributed_bytes": 0,
+    "exact_but_wrong": 0,
+    "exact_wrong_bytes": 0,
+    "exact_wrong_ms": 0,
     "duration_error_p50": 0.02,
     "duration_error_p99": 0.05,
     "phase_sum_error_max": 0.001,
 }
 
-#: Which of the server's steps belong to which phase of a record: the catalog counts open(2) and rename(2) as storage_write.
-STEPS = {
-    "storage_write": ("storage_write", "open", "rename"),
-    "storage_sync": ("storage_sync",),
-    "storage_read": ("storage_read",),
+#: What this project promises where a thread serves one request at a time.
+GOALS: Mapping[str, float] = {
+    **EXACT_GOALS,
+    "write_wrong_bytes": 0,
+    "write_unattributed_bytes": 0,
+    "read_wrong_bytes": 0,
+    "read_unattributed_bytes": 0,
 }
+
+#: And under every other server: at least this of each number.
+FLOORS: Mapping[str, float] = {"write_right_pct": 99, "read_right_pct": 99, "metadata_time_right_pct": 98}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a record has in one phase: the server's steps that it is the time of, and the counters of its calls and bytes."""
+
+    steps: tuple[str, ...]
+    place: str  # the field of the record and of the truth with the counters
+    calls: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+
+#: By phase. The catalog counts the time of open, rename and the like as storage_write.
+WORK: Mapping[str, Work] = {
+    "storage_write": Work(
+        ("storage_write", "open", "close", "rename", "mkdir", "link", "unlink", "truncate"),
+        "files",
+        ("opens", "write_calls", "renames"),
+        ("write_bytes",),
+    ),
+    "storage_sync": Work(("storage_sync",), "files", ("syncs",), ()),
+    "storage_read": Work(("storage_read",), "files", ("read_calls",), ("read_bytes",)),
+    "metadata": Work(
+        ("metadata",), "metadata_files", ("opens", "write_calls", "read_calls", "syncs", "renames"), ("write_bytes", "read_bytes")
+    ),
+}
+
+#: The phases of which a time is the sum.
+TIMES: Mapping[str, tuple[str, ...]] = {
+    "write_time": ("storage_write", "storage_sync"),
+    "read_time": ("storage_read",),
+    "metadata_time": ("metadata",),
+}
+
+#: By how much a time may exceed what the server itself measured around those calls: it does not bracket each of them (close).
+EXCESS_SHARE, EXCESS_MS = 0.05, 0.5
 
 
 def score(records: Iterable[Line], truth: Iterable[Line], client: Iterable[Line]) -> Score:
@@ -101,8 +146,10 @@ def score(records: Iterable[Line], truth: Iterable[Line], client: Iterable[Line]
         **field_scores(pairs),
         **byte_scores("write", pairs, excess, missing),
         **byte_scores("read", pairs, excess, missing),
+        **{name: value for kind in TIMES for name, value in time_scores(kind, pairs, excess, missing).items()},
         **file_scores(pairs),
         **label_scores(pairs),
+        **claim_scores(pairs),
         **duration_scores(pairs),
         **phase_sum_scores(pairs),
         **step_scores(pairs),
@@ -124,12 +171,17 @@ def by_id(lines: Iterable[Line]) -> dict[str, Line]:
     return found
 
 
+def differ(name: str, found: Line, true: Line) -> bool:
+    """Byte counts that the server does not know are not compared; a status that it does not have is none."""
+    return found[name] != true[name] and not (true[name] is None and name.startswith("bytes"))
+
+
 def field_scores(pairs: Sequence[Pair]) -> Score:
     def wrong(name: str) -> int:
-        return sum(record[name] != line[name] for record, line, _ in pairs)
+        return sum(differ(name, record, line) for record, line, _ in pairs)
 
     def disagrees(line: Line, seen: Line) -> bool:
-        return any(line[name] != seen[name] for name in ("status", "bytes_in", "bytes_out"))
+        return any(differ(name, seen, line) for name in ("status", "bytes_in", "bytes_out"))
 
     return {
         "status_wrong": wrong("status"),
@@ -142,43 +194,249 @@ def field_scores(pairs: Sequence[Pair]) -> Score:
     }
 
 
+# --- file work ---
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Bytes, or ms, of one request: shown and its own, shown and not its own, its own and not shown."""
+
+    right: float
+    wrong: float
+    unattributed: float
+
+
 def byte_scores(kind: str, pairs: Sequence[Pair], excess: Sequence[Line], missing: Sequence[Line]) -> Score:
     """Bytes of storage calls: on the right request, on a wrong one, on none. In % of the truth's."""
     name = f"{kind}_bytes"
-    both = [(record["files"][name], line["files"][name]) for record, line, _ in pairs]
-    both += [(record["files"][name], 0) for record in excess]
-    both += [(0, line["files"][name]) for line in missing]
-    total = sum(true for _, true in both)
-    right = sum(min(pair) for pair in both)
-    wrong = sum(recorded for recorded, _ in both) - right
+    placed = [
+        (label, place_bytes(found, true))
+        for label, found, true in (
+            *((label_of(record), record["files"][name], known(line, "files", name)) for record, line, _ in pairs),
+            *((label_of(record), record["files"][name], 0) for record in excess),
+            *(("unattributed", 0, known(line, "files", name)) for line in missing),
+        )
+        if true is not None
+    ]
     return {
-        name: total,
-        f"{kind}_wrong_bytes": wrong,
-        f"{kind}_unattributed_bytes": total - right,
-        f"{kind}_right_pct": percent(right, total),
-        f"{kind}_wrong_pct": percent(wrong, total),
-        f"{kind}_unattributed_pct": percent(total - right, total),
+        name: sum(round(one.right + one.unattributed) for _, one in placed),
+        f"{kind}_wrong_bytes": sum(round(one.wrong) for _, one in placed),
+        f"{kind}_unattributed_bytes": sum(round(one.unattributed) for _, one in placed),
+        **placed_scores(kind, placed),
     }
+
+
+def time_scores(kind: str, pairs: Sequence[Pair], excess: Sequence[Line], missing: Sequence[Line]) -> Score:
+    """Time in one kind of file work: on the right request, on a wrong one, on none. In % of what is right or unattributed, since
+    how long the calls themselves took, nobody but the agent measured."""
+    placed = [(label_of(record), place_phase(phase, record, line)) for phase in TIMES[kind] for record, line, _ in pairs]
+    placed += [(label_of(record), Placed(0, recorded_ms(phase, record), 0)) for phase in TIMES[kind] for record in excess]
+    placed += [("unattributed", Placed(0, 0, true_ms(phase, line) or 0)) for phase in TIMES[kind] for line in missing]
+    return {
+        f"{kind}_ms": sum(one.right + one.unattributed for _, one in placed),
+        f"{kind}_wrong_ms": sum(one.wrong for _, one in placed),
+        f"{kind}_unattributed_ms": sum(one.unattributed for _, one in placed),
+        **placed_scores(kind, placed),
+    }
+
+
+def placed_scores(kind: str, placed: Sequence[tuple[str, Placed]]) -> Score:
+    """The shares in all, and by the records' labels; all in % of the truth."""
+    total = sum(one.right + one.unattributed for _, one in placed)
+    scores: Score = {}
+    for part in ("right", "wrong", "unattributed"):
+        sums = dict.fromkeys(LABELS, 0.0)
+        for label, one in placed:
+            sums[label] += getattr(one, part)
+        scores[f"{kind}_{part}_pct"] = percent(sum(sums.values()), total)
+        scores |= {f"{kind}_{part}_{label}_pct": percent(value, total) for label, value in sums.items()}
+    return scores
+
+
+def place_bytes(recorded: float, true: float) -> Placed:
+    right = min(recorded, true)
+    return Placed(right, recorded - right, true - right)
+
+
+def place_phase(phase: str, record: Line, line: Line) -> Placed:
+    """The time that a record shows in one phase, against its line of the truth."""
+    work = WORK[phase]
+    calls, sizes = (counted(work.place, names, record, line) for names in (work.calls, work.sizes))
+    return place_time(recorded_ms(phase, record), true_ms(phase, line), calls, sizes)
+
+
+def place_time(recorded: float, true: float | None, calls: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> Placed:
+    """How much of the recorded time of one request in one phase is right, how much is wrong, how much is missing, in ms.
+
+    `true`: the server's own time around these calls, None where it cannot know. It is longer than the calls: after each of them
+    the server's thread may have waited for a CPU or the interpreter's lock. So it is an upper bound, and which calls the time
+    belongs to is told by their counters. `calls` and `sizes`: what the record counts and what the server does, for each counter
+    that the server knows; sizes are in bytes.
+
+    The rule:
+
+    1. What exceeds the upper bound by more than 5 % and 0.5 ms is another's: it is wrong.
+    2. Of the rest, the share that the server's calls have of the recorded ones is right, and what remains is wrong. It is counted
+       in calls and in bytes, call by counter, and the smaller share counts. Where all counters agree it is 1.
+    3. What the server did and the record lacks is unattributed: the share that the missing calls (or bytes, whichever is more)
+       have of the server's, of the server's own time.
+
+    A server that tells no counters leaves only the bound: up to it a time is right, and unattributed is all or, as soon as the
+    record shows any, nothing. One that tells no time has no bound, and a missing call of it weighs as much as those found; where
+    none is found, nobody knows how much.
+    """
+    bounded = recorded if true is None else min(recorded, bound_ms(true))
+    right = bounded * min(share_found(calls), share_found(sizes))
+    backwards = [[(server, found) for found, server in counters] for counters in (calls, sizes)]
+    found = min(map(share_found, backwards))
+    if not any(backwards):
+        found = 1.0 if recorded or not true else 0.0
+    if true is None:
+        true = right / found if found else 0.0
+    return Placed(right, recorded - right, true * (1 - found))
+
+
+def bound_ms(true: float) -> float:
+    return true * (1 + EXCESS_SHARE) + EXCESS_MS
+
+
+def share_found(counters: Sequence[tuple[int, int]]) -> float:
+    """Of what the first of each two counts, the share that the second counts, too. 1 of nothing."""
+    whole = sum(first for first, _ in counters)
+    return sum(map(min, counters)) / whole if whole else 1.0
+
+
+def known(line: Line, place: str, name: str) -> int | None:
+    """A counter of the server's; None where it cannot know."""
+    value: int | None = (line.get(place) or {}).get(name)
+    return value
+
+
+def counted(place: str, names: Iterable[str], record: Line, line: Line) -> list[tuple[int, int]]:
+    """What the record counts and what the server did, for each counter that the server knows."""
+    return [(record[place][name], true) for name in names if (true := known(line, place, name)) is not None]
+
+
+def recorded_ms(phase: str, record: Line) -> float:
+    return float(record["phase_totals"].get(phase, 0.0))
+
+
+def true_ms(phase: str, line: Line) -> float | None:
+    """The server's own time in the steps of a phase. None where it did not time them: it tells of none, and does not say either
+    that it made no such call."""
+    work = WORK[phase]
+    times = [step["ns"] for step in line["steps"] if step["step"] in work.steps]
+    if None in times or (not times and any(known(line, work.place, name) != 0 for name in work.calls)):
+        return None
+    return sum(times) / 1e6
 
 
 def file_scores(pairs: Sequence[Pair]) -> Score:
-    wrong = {name: sum(record["files"][name] != line["files"][name] for record, line, _ in pairs) for name in COUNTERS}
+    def wrong(place: str, name: str) -> int:
+        return sum(any(found != true for found, true in counted(place, (name,), record, line)) for record, line, _ in pairs)
+
     return {
-        "files_wrong": sum(files_differ(record, line) for record, line, _ in pairs),
-        **{f"files_{name}_wrong": count for name, count in wrong.items()},
+        "files_wrong": sum(bool(differences(record, line)) for record, line, _ in pairs),
+        **{f"files_{name}_wrong": wrong("files", name) for name in COUNTERS},
+        **{f"metadata_files_{name}_wrong": wrong("metadata_files", name) for name in COUNTERS},
     }
 
 
-def files_differ(record: Line, line: Line) -> bool:
-    return any(record["files"][name] != line["files"][name] for name in COUNTERS)
+def differences(record: Line, line: Line) -> list[str]:
+    """What a record counts otherwise than the server, and times that are longer than the server's own; in words."""
+    counters = [(place, name) for place in ("files", "metadata_files") for name in COUNTERS]
+    found = [
+        f"{place}.{name}: {record[place][name]:,}, truly {true:,}"
+        for place, name in counters
+        if (true := known(line, place, name)) is not None and record[place][name] != true
+    ]
+    for phase in WORK:
+        shown, seen = recorded_ms(phase, record), true_ms(phase, line)
+        if seen is not None and shown > bound_ms(seen):
+            found.append(f"{phase}: {shown:.3f} ms, and the server itself saw {seen:.3f} ms")
+    return found
+
+
+def label_of(record: Line) -> str:
+    label: str = record["attribution"]["label"]
+    return label
 
 
 def label_scores(pairs: Sequence[Pair]) -> Score:
-    labels = [record["attribution"]["label"] for record, _, _ in pairs]
+    """How many records carry each label, and how many of those are wrong in any counter or time."""
+    labels = [label_of(record) for record, _, _ in pairs]
+    wrong = [label_of(record) for record, line, _ in pairs if differences(record, line)]
     return {
         **{f"label_{label}_pct": percent(labels.count(label), len(labels)) for label in LABELS},
-        "exact_but_wrong": sum(record["attribution"]["label"] == "exact" and files_differ(record, line) for record, line, _ in pairs),
+        **{f"{label}_but_wrong": wrong.count(label) for label in LABELS},
     }
+
+
+def claim_scores(pairs: Sequence[Pair]) -> Score:
+    """Bytes and ms that carry a label, and how much of that is another request's.
+
+    What a record shows as `exact`, beside work with a weaker label, is in its `by_label`. What is wrong in it is put down to the
+    weakest labels first, so that each `wrong` is what is certainly so.
+    """
+    sums = {f"{label}_{part}": 0.0 for label in LABELS for part in ("bytes", "wrong_bytes", "ms", "wrong_ms")}
+    for record, line, _ in pairs:
+        for unit, wrong in (("bytes", wrong_bytes(record, line)), ("ms", wrong_ms(record, line))):
+            for label, claimed in sorted(claims(record, unit).items(), key=lambda claim: LABELS.index(claim[0]), reverse=True):
+                charged = min(wrong, claimed)
+                wrong -= charged
+                sums[f"{label}_{unit}"] += claimed
+                sums[f"{label}_wrong_{unit}"] += charged
+    return {
+        **{name: round(value) if name.endswith("bytes") else value for name, value in sums.items()},
+        **{f"{label}_wrong_bytes_pct": percent(sums[f"{label}_wrong_bytes"], sums[f"{label}_bytes"]) for label in LABELS},
+        **{f"{label}_wrong_ms_pct": percent(sums[f"{label}_wrong_ms"], sums[f"{label}_ms"]) for label in LABELS},
+    }
+
+
+def claims(record: Line, unit: str) -> dict[str, float]:
+    """How many bytes or ms of a record carry which label; all of them the record's own where it does not tell them apart."""
+    by_label = record["attribution"]["by_label"]
+    if by_label:
+        return {label: share[unit] for label, share in by_label.items()}
+    if unit == "ms":
+        return {label_of(record): sum(recorded_ms(phase, record) for phase in WORK)}
+    return {label_of(record): sum(record[place][name] for place, name in SIZES)}
+
+
+SIZES = tuple((place, name) for place in ("files", "metadata_files") for name in ("write_bytes", "read_bytes"))
+
+
+def wrong_bytes(record: Line, line: Line) -> float:
+    return sum(max(0, found - true) for place, name in SIZES for found, true in counted(place, (name,), record, line))
+
+
+def wrong_ms(record: Line, line: Line) -> float:
+    """What of a record's time is another's. Where it has several labels, what its calls took on an average says nothing of the calls
+    with one of them; then only what exceeds the server's own time is certain."""
+    if sum(ms > 0 for ms in claims(record, "ms").values()) < 2:
+        return sum(place_phase(phase, record, line).wrong for phase in WORK)
+    times = [(recorded_ms(phase, record), true_ms(phase, line)) for phase in WORK]
+    return sum(max(0.0, recorded - bound_ms(true)) for recorded, true in times if true is not None)
+
+
+def examples(records: Iterable[Line], truth: Iterable[Line], limit: int) -> list[dict[str, Any]]:
+    """Up to `limit` requests for each label whose record does not tell the truth: what differs, in words, and both lines."""
+    expected = by_id(truth)
+    left = dict.fromkeys(LABELS, limit)
+    return list(_examples(records, expected, left))
+
+
+def _examples(records: Iterable[Line], expected: Mapping[str, Line], left: dict[str, int]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        line = expected.get(record["request_id"])
+        label = label_of(record)
+        if line is None or not left[label] or not (words := differences(record, line)):
+            continue
+        left[label] -= 1
+        yield {"label": label, "differs": words, "record": record, "truth": line}
+
+
+# --- time ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +460,11 @@ class Life:
 
 def life(record: Line, line: Line, seen: Line) -> Life:
     stamped = are_ordered(seen["send_ns"], seen["tx_ns"], seen["rx_ns"], seen["done_ns"])
-    ends = {"server": line["end_ns"], "client": seen["done_ns"], **({"arrival": seen["rx_ns"]} if stamped else {})}
-    told_by, end_ns = min(ends.items(), key=lambda end: end[1])
+    stamps = {"server": line["end_ns"], "client": seen["done_ns"], "arrival": seen["rx_ns"] if stamped else None}
+    told_by, end_ns = min(((name, ns) for name, ns in stamps.items() if ns is not None), key=lambda end: end[1])
     sent = (seen["tx_ns"], seen["tx_ns"]) if stamped else (seen["send_ns"], seen["sent_ns"])
     windows = [sent]
-    if seen["connect_ns"] is not None and line["accept_ns"] >= sent[0]:
+    if seen["connect_ns"] is not None and (line["accept_ns"] is None or line["accept_ns"] >= sent[0]):
         windows.append((seen["connect_ns"], seen["connected_ns"]))
     nearest = min((clamp(record["start_ns"], *window) for window in windows), key=lambda ns: abs(record["start_ns"] - ns))
     uncertain_ns = max(high for _, high in windows) - min(low for low, _ in windows)
@@ -251,23 +509,26 @@ def duration_ns(record: Line) -> int:
 
 
 def step_scores(pairs: Sequence[Pair]) -> Score:
-    """Time in each storage phase, summed over all requests, in ms."""
+    """Time in each storage phase, summed over all requests whose server timed it, in ms."""
     scores: Score = {}
-    for phase, steps in STEPS.items():
-        true_ms = sum(step["ns"] for _, line, _ in pairs for step in line["steps"] if step["step"] in steps) / 1e6
-        recorded_ms = sum(record["phase_totals"].get(phase, 0.0) for record, _, _ in pairs)
-        scores[f"{phase}_true_ms"] = true_ms
-        scores[f"{phase}_recorded_ms"] = recorded_ms
-        scores[f"{phase}_ratio"] = recorded_ms / true_ms if true_ms else None
+    for phase in WORK:
+        times = [(recorded_ms(phase, record), true_ms(phase, line)) for record, line, _ in pairs]
+        known = [(recorded, true) for recorded, true in times if true is not None]
+        true_sum, recorded_sum = sum(true for _, true in known), sum(recorded for recorded, _ in known)
+        scores[f"{phase}_true_ms"] = true_sum
+        scores[f"{phase}_recorded_ms"] = recorded_sum
+        scores[f"{phase}_ratio"] = recorded_sum / true_sum if true_sum else None
     return scores
 
 
-def shortfalls(scores: Score) -> list[str]:
+def shortfalls(scores: Score, most: Mapping[str, float] = GOALS, least: Mapping[str, float] | None = None) -> list[str]:
     """A line for each goal that was not reached; a number that is not there does not reach it."""
+    limits = [(name, goal, "most", 1) for name, goal in most.items()]
+    limits += [(name, goal, "least", -1) for name, goal in (least or {}).items()]
     return [
-        f"{name.replace('_', ' ')}: {number_text(name, scores[name])}, and at most {number_text(name, goal)} is promised"
-        for name, goal in GOALS.items()
-        if (value := scores[name]) is None or value > goal
+        f"{name.replace('_', ' ')}: {number_text(name, scores[name])}, and at {side} {number_text(name, goal)} is promised"
+        for name, goal, side, sign in limits
+        if (value := scores[name]) is None or value * sign > goal * sign
     ]
 
 

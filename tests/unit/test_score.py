@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bucketprobe.errors import UsageError
 from bucketprobe.model import Attribution, FileWork, Request
@@ -26,14 +28,16 @@ spec.loader.exec_module(score)
 NONE = {"opens": 0, "write_calls": 0, "write_bytes": 0, "read_calls": 0, "read_bytes": 0, "syncs": 0, "renames": 0}
 PUT_FILES = {**NONE, "opens": 1, "write_calls": 2, "write_bytes": 1000, "syncs": 1, "renames": 1}
 GET_FILES = {**NONE, "opens": 1, "read_calls": 1, "read_bytes": 400}
+PUT_METADATA = {**NONE, "opens": 1, "write_calls": 1, "write_bytes": 300, "renames": 1}
+GET_METADATA = {**NONE, "opens": 1, "read_calls": 2, "read_bytes": 300}
 
 
 def truth_line(request_id: str | None, method: str, end_ns: int, files: dict[str, int]) -> dict[str, Any]:
     put = method == "PUT"
     steps = (
-        {"open": 1_000_000, "storage_write": 2_000_000, "storage_sync": 4_000_000, "rename": 1_000_000}
+        {"open": 1_000_000, "storage_write": 2_000_000, "storage_sync": 4_000_000, "rename": 1_000_000, "metadata": 600_000}
         if put
-        else {"storage_read": 500_000}
+        else {"storage_read": 500_000, "metadata": 200_000}
     )
     return {
         "request_id": request_id,
@@ -46,6 +50,7 @@ def truth_line(request_id: str | None, method: str, end_ns: int, files: dict[str
         "end_ns": end_ns,
         "steps": [{"step": step, "ns": ns, "bytes": 0, "calls": 1} for step, ns in steps.items()],
         "files": files,
+        "metadata_files": PUT_METADATA if put else GET_METADATA,
     }
 
 
@@ -87,6 +92,7 @@ def record_of(line: dict[str, Any], start_ns: int) -> dict[str, Any]:
         phases=phases,
         phase_totals=phases,
         files=FileWork(**line["files"]),
+        metadata_files=FileWork(**line["metadata_files"]),
         attribution=Attribution("exact"),
     )
     record = json.loads(json.dumps(request.record()))
@@ -111,12 +117,16 @@ def test_no_fault(world: Any) -> None:
     assert (result["write_bytes"], result["write_right_pct"], result["read_bytes"], result["read_right_pct"]) == (1000, 100, 400, 100)
     assert result["label_exact_pct"] == 100
     assert result["storage_write_true_ms"] == 4
-    for phase in ("storage_write", "storage_sync", "storage_read"):
+    assert result["metadata_time_ms"] == pytest.approx(0.8)
+    for phase in ("storage_write", "storage_sync", "storage_read", "metadata"):
         assert result[f"{phase}_ratio"] == pytest.approx(1)
+    for kind in ("write", "read", "write_time", "read_time", "metadata_time"):
+        assert result[f"{kind}_right_pct"] == result[f"{kind}_right_exact_pct"] == 100
+    assert (result["exact_bytes"], result["exact_ms"]) == (1000 + 400 + 300 + 300, pytest.approx(8 + 0.5 + 0.8))
     faults = [
         name
         for name in result
-        if name.endswith(("_wrong", "_wrong_pct", "_wrong_bytes", "_unattributed_pct", "_unattributed_bytes"))
+        if name.endswith(("_wrong", "_wrong_pct", "_wrong_bytes", "_wrong_ms", "_unattributed_pct", "_unattributed_bytes"))
         or name in ("missing", "duplicated", "invented", "client_disagrees", "exact_but_wrong", "with_lost_events")
         or "_error_" in name
     ]
@@ -124,6 +134,8 @@ def test_no_fault(world: Any) -> None:
     assert {name: result[name] for name in faults} == pytest.approx(dict.fromkeys(faults, 0), abs=1e-12)
     assert (result["true_starts_uncertain"], result["true_start_window_us_max"], result["true_times_not_from_kernel"]) == (1, 600, 0)
     assert score.shortfalls(result) == []
+    assert score.shortfalls(result, score.EXACT_GOALS, score.FLOORS) == []
+    assert score.examples(world[0], world[1], 5) == []
 
 
 def errors_us(world: Any) -> tuple[float, float, float]:
@@ -151,6 +163,19 @@ def test_a_first_request_that_was_sent_after_the_accept_began_then(world: Any) -
     records[0]["start_ns"] = 1_500_000
     assert errors_us(world) == (0, 0, 0)
     assert score.score(*world)["true_starts_uncertain"] == 0
+
+
+def test_a_server_that_does_not_stamp_leaves_the_client_s_stamps(world: Any) -> None:
+    records, truth, _ = world
+    for line in truth:
+        line.update(accept_ns=None, end_ns=None)
+    for record, late_ns in zip(records, (5_000, 5_000), strict=True):
+        record["end_ns"] += late_ns
+    assert errors_us(world) == (0, 0, 0)
+    records[0]["start_ns"] = 1_500_000
+    assert errors_us(world) == (0, 0, 0)
+    result = score.score(*world)
+    assert (result["true_starts_uncertain"], result["true_ends_told_by_arrival"]) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +227,16 @@ def test_goals_that_are_missed_are_named(world: Any) -> None:
     assert len(score.shortfalls(score.score([], [], []))) == 3
 
 
+def test_floors_that_are_missed_are_named(world: Any) -> None:
+    records, truth, client = world
+    records[0]["files"]["write_bytes"] = 980
+    records[0]["attribution"]["label"] = "inferred"
+    scores = score.score(records, truth, client)
+    assert score.shortfalls(scores, score.EXACT_GOALS, score.FLOORS) == ["write right pct: 98.000 %, and at least 99.000 % is promised"]
+    assert score.shortfalls(scores) == ["write unattributed bytes: 20 B, and at most 0 B is promised"]
+    assert len(score.shortfalls(score.score([], [], []), {}, score.FLOORS)) == 3
+
+
 def test_a_missing_record(world: Any) -> None:
     records, truth, client = world
     result = score.score(records[1:], truth, client)
@@ -250,6 +285,163 @@ def test_each_counter_counts(world: Any, counter: str) -> None:
     records[0]["files"][counter] += 1
     result = score.score(records, truth, client)
     assert (result["files_wrong"], result[f"files_{counter}_wrong"], result["exact_but_wrong"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("counter", sorted(NONE))
+def test_each_counter_of_metadata_counts(world: Any, counter: str) -> None:
+    records, truth, client = world
+    records[0]["metadata_files"][counter] += 1
+    result = score.score(records, truth, client)
+    assert (result["files_wrong"], result[f"metadata_files_{counter}_wrong"], result["exact_but_wrong"]) == (1, 1, 1)
+    assert result[f"files_{counter}_wrong"] == 0
+
+
+def test_what_the_server_cannot_know_is_not_compared(world: Any) -> None:
+    records, truth, client = world
+    truth[0].update(metadata_files=None, bytes_in=None, files={**PUT_FILES, "opens": None, "write_bytes": None})
+    records[0]["metadata_files"]["opens"] += 7
+    records[0]["files"]["opens"] += 7
+    records[0]["files"]["write_bytes"] += 7
+    records[0]["bytes_in"] += 7
+    client[0]["bytes_in"] += 7
+    result = score.score(records, truth, client)
+    assert (result["files_wrong"], result["bytes_in_wrong"], result["client_disagrees"]) == (0, 0, 0)
+    assert (result["write_bytes"], result["write_right_pct"], result["write_time_right_pct"]) == (0, None, 100)
+    records[0]["files"]["syncs"] += 1
+    assert score.score(records, truth, client)["files_wrong"] == 1
+
+
+def test_a_time_that_the_server_did_not_take_is_no_bound(world: Any) -> None:
+    records, truth, client = world
+    for line in truth:
+        line["steps"] = []
+    result = score.score(records, truth, client)
+    assert (result["exact_but_wrong"], result["write_time_right_pct"], result["storage_write_ratio"]) == (0, 100, None)
+    records[1]["phase_totals"]["storage_sync"] = 0.6
+    # It says that it did not sync at all.
+    assert score.score(records, truth, client)["exact_wrong_ms"] == pytest.approx(0.6 - 0.5)
+
+
+def test_a_time_beyond_the_server_s_own_is_wrong(world: Any) -> None:
+    records, truth, client = world
+    totals = records[0]["phase_totals"]
+    totals["storage_sync"] += 4 * 0.05 + 0.49
+    result = score.score(records, truth, client)
+    assert (result["exact_but_wrong"], result["exact_wrong_ms"]) == (0, 0)
+    totals["storage_sync"] += 0.12
+    result = score.score(records, truth, client)
+    assert (result["exact_but_wrong"], result["exact_wrong_ms"]) == (1, pytest.approx(0.11))
+    (example,) = score.examples(records, truth, 1)
+    assert (example["label"], example["record"], example["truth"]) == ("exact", records[0], truth[0])
+    assert example["differs"] == ["storage_sync: 4.810 ms, and the server itself saw 4.000 ms"]
+
+
+def test_the_time_of_another_request_s_calls_is_wrong_there_and_missing_here(world: Any) -> None:
+    """The read has the sync of the upload."""
+    records, truth, client = world
+    for record, sign in zip(records, (-1, 1), strict=True):
+        record["files"]["syncs"] += sign
+        record["phase_totals"]["storage_sync"] = record["phase_totals"].get("storage_sync", 0.0) + sign * 4
+        record["attribution"]["label"] = "shared"
+    result = score.score(records, truth, client)
+    assert (result["write_time_ms"], result["write_time_wrong_ms"], result["write_time_unattributed_ms"]) == pytest.approx((8, 4, 4))
+    assert (result["write_time_wrong_shared_pct"], result["write_time_wrong_pct"]) == pytest.approx((50, 50))
+    assert (result["shared_but_wrong"], result["exact_but_wrong"], result["exact_wrong_ms"]) == (2, 0, 0)
+    assert result["metadata_time_right_pct"] == 100
+
+
+#: recorded ms, the server's ms, calls, sizes (each: recorded, true), and right, wrong, unattributed ms.
+PLACES = {
+    "all": (4.0, 5.0, [(2, 2), (1, 1)], [(100, 100)], (4, 0, 0)),
+    "nothing": (0.0, 0.0, [(0, 0)], [(0, 0)], (0, 0, 0)),
+    "half is missing": (2.0, 5.0, [(1, 2), (1, 2)], [(50, 100)], (2, 0, 2.5)),
+    "all is missing": (0.0, 5.0, [(0, 2)], [(0, 100)], (0, 0, 5)),
+    "half is another's": (4.0, 5.0, [(2, 1), (2, 1)], [(100, 50)], (2, 2, 0)),
+    "all is another's": (4.0, 0.0, [(2, 0)], [(100, 0)], (0, 4, 0)),
+    "one for another": (4.0, 5.0, [(2, 1), (0, 1)], [], (2, 2, 2.5)),
+    "other bytes by as many calls": (4.0, 5.0, [(2, 2)], [(100, 40)], (1.6, 2.4, 0)),
+    "bytes are missing from as many calls": (4.0, 5.0, [(2, 2)], [(40, 100)], (4, 0, 3)),
+    "longer than the server's": (11.0, 10.0, [(2, 2)], [], (11, 0, 0)),
+    "too much longer than the server's": (13.0, 10.0, [(2, 2)], [], (11, 2, 0)),
+    "too long, and half is another's": (13.0, 10.0, [(2, 1)], [], (5.5, 7.5, 0)),
+    "no counters": (4.0, 5.0, [], [], (4, 0, 0)),
+    "no counters, too long": (13.0, 10.0, [], [], (11, 2, 0)),
+    "no counters, nothing recorded": (0.0, 5.0, [], [], (0, 0, 5)),
+    "no time": (4.0, None, [(2, 1)], [], (2, 2, 0)),
+    "no time, a call is missing": (4.0, None, [(1, 2)], [], (4, 0, 4)),
+    "no time, all is missing": (0.0, None, [(0, 2)], [], (0, 0, 0)),
+    "neither": (4.0, None, [], [], (4, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_time_belongs(name: str) -> None:
+    *given, expected = PLACES[name]
+    placed = score.place_time(*given)
+    assert (placed.right, placed.wrong, placed.unattributed) == pytest.approx(expected)
+
+
+@given(st.floats(0, 1e6), st.none() | st.floats(0, 1e6), *[st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4)] * 2)
+def test_all_recorded_time_is_right_or_wrong(recorded: float, true: float | None, calls: Any, sizes: Any) -> None:
+    placed = score.place_time(recorded, true, calls, sizes)
+    assert placed.right + placed.wrong == pytest.approx(recorded)
+    assert min(placed.right, placed.wrong, placed.unattributed) >= 0
+    assert true is None or placed.unattributed <= true
+
+
+def test_what_is_wrong_is_put_down_to_the_weakest_label_first(world: Any) -> None:
+    records, truth, client = world
+    by_label = {"exact": {"bytes": 700, "ms": 4.0}, "inferred": {"bytes": 500, "ms": 3.0}, "shared": {"bytes": 100, "ms": 2.0}}
+    records[0]["attribution"].update(label="shared", by_label=by_label)
+    del records[1]
+    for excess, wrong in ((0, (0, 0, 0)), (80, (80, 0, 0)), (600, (100, 500, 0)), (630, (100, 500, 30))):
+        records[0]["files"]["write_bytes"] = 1000 + excess
+        result = score.score(records, truth, client)
+        assert tuple(result[f"{label}_wrong_bytes"] for label in ("shared", "inferred", "exact")) == wrong
+    assert (result["exact_bytes"], result["inferred_bytes"], result["shared_bytes"]) == (700, 500, 100)
+    assert result["exact_wrong_bytes_pct"] == pytest.approx(30 / 7)
+    assert result["exact_ms"] == 4
+
+
+def test_of_mixed_labels_only_time_beyond_the_server_s_is_certainly_wrong(world: Any) -> None:
+    """Two syncs, of which the server made one: the long one or the short one?"""
+    records, truth, client = world
+    records[0]["files"]["syncs"] = 2
+    records[0]["phase_totals"]["storage_sync"] = 4.2
+    assert score.score(records, truth, client)["exact_wrong_ms"] == pytest.approx(2.1)
+    by_label = {"exact": {"bytes": 1300, "ms": 8.6}, "shared": {"bytes": 0, "ms": 0.2}}
+    records[0]["attribution"].update(label="shared", by_label=by_label)
+    result = score.score(records, truth, client)
+    assert (result["exact_wrong_ms"], result["shared_wrong_ms"], result["write_time_wrong_ms"]) == (0, 0, pytest.approx(2.1))
+    records[0]["phase_totals"]["storage_sync"] = 4 + 0.2 + 0.5 + 0.3
+    result = score.score(records, truth, client)
+    assert (result["shared_wrong_ms"], result["exact_wrong_ms"]) == (pytest.approx(0.2), pytest.approx(0.1))
+
+
+def test_bytes_by_label(world: Any) -> None:
+    records, truth, client = world
+    records[0]["files"]["write_bytes"] = 700
+    records[0]["attribution"]["label"] = "inferred"
+    records[1]["files"]["write_bytes"] = 200
+    records[1]["attribution"]["label"] = "shared"
+    result = score.score(records, truth, client)
+    shares = {name: result[f"write_{name}_pct"] for name in ("right_inferred", "wrong_shared", "unattributed_inferred", "right_exact")}
+    assert shares == {"right_inferred": 70, "wrong_shared": 20, "unattributed_inferred": 30, "right_exact": 0}
+    assert (result["inferred_but_wrong"], result["shared_but_wrong"], result["exact_but_wrong"]) == (1, 1, 0)
+    assert (result["inferred_wrong_bytes"], result["shared_wrong_bytes"]) == (0, 200)
+
+
+def test_examples_are_so_many_of_each_label(world: Any) -> None:
+    records, truth, _ = world
+    for record in records:
+        record["files"]["renames"] += 1
+    assert [example["differs"] for example in score.examples(records, truth, 5)] == [
+        ["files.renames: 2, truly 1"],
+        ["files.renames: 1, truly 0"],
+    ]
+    assert len(score.examples(records, truth, 1)) == 1
+    records[0]["attribution"]["label"] = "shared"
+    assert len(score.examples(records, truth, 1)) == 2
 
 
 @pytest.mark.parametrize("name", ["status", "method", "outcome", "bytes_in", "bytes_out"])
