@@ -26,6 +26,7 @@ from pathlib import Path
 import cpu
 import memory
 import ready
+import resolver
 import syscalls
 import throughput
 from figures import Part, document, table
@@ -41,6 +42,7 @@ PARTS: dict[str, Callable[[Rig], Part]] = {
     "ready": ready.measure,
     "memory": memory.measure,
     "cpu": cpu.measure,
+    "resolver": resolver.measure,
     "throughput": throughput.measure,
 }
 #: A case of 1 MiB artifacts fills so much between two clearings, on a fast host.
@@ -53,7 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Measure what the agent costs on this host (as root).",
         epilog="Example: .venv/bin/python tests/bench/bench.py --quick --only ready,syscalls",
     )
-    parser.add_argument("--quick", action="store_true", help="about a minute, with fewer cases and repetitions")
+    parser.add_argument("--quick", action="store_true", help="a minute or two, with fewer cases and repetitions")
     parser.add_argument("--only", metavar="PARTS", help=f"some parts, with commas between: {', '.join(PARTS)}")
     parser.add_argument("--store", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where the artifacts go [%(default)s]")
     parser.add_argument("--out", type=Path, default=ROOT / "out/bench/results.json", metavar="FILE", help="[out/bench/results.json]")

@@ -49,7 +49,7 @@ def measure(rig: Rig) -> Part:
 
 def look(agent: Agent) -> dict[str, float]:
     """In MB."""
-    agent.scrape()
+    agent.metrics()
     rss, peak = kilobytes(Path(f"/proc/{agent.pid}/status").read_text(), ("VmRSS", "VmHWM"))
     (broker_rss,) = kilobytes(Path(f"/proc/{agent.broker_pid}/status").read_text(), ("VmRSS",))
     shares = [kilobytes(Path(f"/proc/{pid}/smaps_rollup").read_text(), ("Pss",))[0] for pid in (agent.pid, agent.broker_pid)]

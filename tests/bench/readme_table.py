@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's cost table from the last full benchmark.
+"""Writes the README's cost tables from the last full benchmark.
 
     python tests/bench/readme_table.py
 
@@ -20,22 +20,54 @@ ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 #: What a figure is compared with stands in the JSON; the table shows the comparison.
 BASELINES = ("agent off", "a bare Python", "requests per second | 1/s")
+#: The part whose figures are of server models, and have a table of their own: each figure's name after the model's, and its column.
+MODELS_PART = "resolver"
+COLUMNS = {
+    "agent CPU": "agent CPU, µs",
+    "agent CPU, relative to threads": "relative to threads",
+    "requests": "requests/s",
+    "events": "events",
+    "bytes of events": "bytes of events",
+    "decoding": "decoding, µs",
+    "tracking": "tracking, µs",
+    "resolving": "resolving, µs",
+    "resolving, of the three": "resolving, % of the three",
+    "losses": "losses per 1,000",
+}
 
 
 def rows(parts: Mapping[str, Any]) -> Iterator[str]:
     for name, part in parts.items():
-        for figure in part["figures"]:
+        for figure in part["figures"] if name != MODELS_PART else ():
             if any(word in f"{figure['name']} | {figure['unit']}" for word in BASELINES):
                 continue
             goal = "" if figure["goal"] is None else f"≤ {figure['goal']:g}"
-            spread = f"{number_text(figure['min'])} .. {number_text(figure['max'])}"
-            yield f"| {name}: {figure['name']} | {number_text(figure['median'])} | {spread} | {figure['unit']} | {goal} |"
+            yield f"| {name}: {figure['name']} | {number_text(figure['median'])} | {spread(figure)} | {figure['unit']} | {goal} |"
+
+
+def spread(figure: Mapping[str, Any]) -> str:
+    return f"{number_text(figure['min'])} .. {number_text(figure['max'])}"
+
+
+def models(part: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a table with a row for each server model; its figures are named `MODEL: WHAT`, and not every model has them all."""
+    by_model: dict[str, dict[str, str]] = {}
+    for figure in part["figures"]:
+        model, _, what = figure["name"].partition(": ")
+        extremes = f" ({spread(figure)})" if figure["min"] < figure["max"] else ""
+        by_model.setdefault(model, {})[what] = number_text(figure["median"]) + extremes
+    yield f"| per request | {' | '.join(COLUMNS.values())} |"
+    yield "|---|" + "---:|" * len(COLUMNS)
+    for model, cells in by_model.items():
+        yield f"| {model} | {' | '.join(cells.get(what, '') for what in COLUMNS)} |"
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: a row for each figure, then how each part was measured."""
+    """Markdown: a row for each figure, a table of server models, then how each part was measured."""
     host = results["host"]
     lines = ["| figure | median | min .. max | unit | first goal |", "|---|---:|---:|---|---:|", *rows(results["parts"]), ""]
+    if MODELS_PART in results["parts"]:
+        lines += [*models(results["parts"][MODELS_PART]), ""]
     lines += [f"{name}: {part['note']}." for name, part in results["parts"].items()]
     place = f"{host['date'][:10]} on Linux {host['kernel']} ({host['cpus']} CPUs)"
     lines.append(f"Measured on {place} by `make bench`, which also writes this table.")

@@ -48,6 +48,8 @@ class Plan:
     cold_starts: int
     cached_starts: int
     syscall_pairs: int
+    resolver_runs: int
+    resolver_requests: int
 
 
 SIZES = (8 << 10, 64 << 10, 1 << 20)
@@ -61,6 +63,8 @@ FULL = Plan(
     cold_starts=5,
     cached_starts=10,
     syscall_pairs=9,
+    resolver_runs=3,
+    resolver_requests=2_000,
 )
 QUICK = Plan(
     cases=(("threads", 8 << 10), ("prefork", 64 << 10)),
@@ -72,6 +76,8 @@ QUICK = Plan(
     cold_starts=2,
     cached_starts=4,
     syscall_pairs=3,
+    resolver_runs=1,
+    resolver_requests=500,
 )
 
 
@@ -110,8 +116,12 @@ class Agent:
     def status(self) -> dict[str, Any]:
         return dict(capture.status(self.run_dir))
 
-    def scrape(self) -> None:
-        http_status(self.listen_port, "/metrics")
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name and labels as written. Raises BucketprobeError where nobody answers."""
+        status, text = http_get(self.listen_port, "/metrics")
+        if status != 200:
+            raise BucketprobeError("The agent does not answer any more: run the bench again.")
+        return samples(text)
 
 
 @dataclass
@@ -183,7 +193,7 @@ class Rig:
             command += ["--records", str(record_file)]
         begin = time.monotonic()
         with self.started(command, log) as process:
-            while http_status(port, "/readyz") != 200:
+            while http_get(port, "/readyz")[0] != 200:
                 if process.poll() is not None or time.monotonic() - begin > READY_SECONDS:
                     raise BucketprobeError(f"The agent was not ready: {last_lines(log)}")
                 time.sleep(0.001)
@@ -192,12 +202,17 @@ class Rig:
             yield Agent(process.pid, broker.pid, port, run_dir, ready_s)
         record_file.unlink(missing_ok=True)
 
-    def load(self, port: int, size: int, **options: float) -> dict[str, Any]:
-        """Runs the load generator to its end; the result as it prints it. Raises BucketprobeError where an answer was wrong."""
-        command = [sys.executable, "-m", "bucketprobe.demo.load", "--port", str(port), "--fixed-bytes", str(size), "--json"]
-        command += ["--connections", str(CONNECTIONS), "--processes", "2"]
+    def load(self, port: int, size: int | None = None, *, connections: int = CONNECTIONS, **options: float) -> dict[str, Any]:
+        """Runs the load generator to its end; the result as it prints it. `size`: of every artifact, in bytes.
+
+        Raises BucketprobeError where an answer was wrong.
+        """
+        command = [sys.executable, "-m", "bucketprobe.demo.load", "--port", str(port), "--json"]
+        command += ["--connections", str(connections), "--processes", "2"]
+        if size is not None:
+            options["fixed_bytes"] = size
         for name, value in options.items():
-            command += [f"--{name}", f"{value:g}"]
+            command += [f"--{name.replace('_', '-')}", str(value)]
         log = self.fresh("load.log")
         with self.started(command, log, stdout=subprocess.PIPE) as process:
             out, _ = process.communicate(timeout=options.get("seconds", 0) + 120)
@@ -274,17 +289,24 @@ def free_port() -> int:
         return port
 
 
-def http_status(port: int, path: str) -> int | None:
-    """What the agent answers to a GET; None where nobody answers."""
+def http_get(port: int, path: str) -> tuple[int | None, str]:
+    """Status and text of what the agent answers to a GET; None and nothing where nobody answers."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
             answer = b""
             while data := connection.recv(1 << 16):
                 answer += data
     except OSError:
-        return None
-    return int(answer.split()[1]) if answer.startswith(b"HTTP/1.") else None
+        return None, ""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return (int(head.split()[1]), body.decode()) if head.startswith(b"HTTP/1.") else (None, "")
+
+
+def samples(text: str) -> dict[str, float]:
+    """The samples of Prometheus text by name and labels as written."""
+    lines = (line for line in text.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 def last_lines(log: Path) -> str:

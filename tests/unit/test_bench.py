@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bench's statistics, its table and JSON, and how it reads /proc. Nothing is measured here."""
+"""The bench's statistics, its tables and JSON, how it reads /proc and /metrics, and how it plays a recording.
+
+Nothing that is measured here counts.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +22,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bucketprobe import abi
+from bucketprobe.config import StorageSpec
+from bucketprobe.errors import BucketprobeError
+from bucketprobe.resolve import File, Live, Names, Process, Unit
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -28,12 +38,20 @@ def module(name: str) -> ModuleType:
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded  # dataclasses look their module up
-    spec.loader.exec_module(loaded)
+    sys.path.insert(0, str(BENCH))  # its scripts import each other
+    try:
+        spec.loader.exec_module(loaded)
+    finally:
+        sys.path.remove(str(BENCH))
     return loaded
 
 
 figures = module("figures")
 host = module("host")
+readme_table = module("readme_table")
+replay = module("replay")
+resolver = module("resolver")
+rig = module("rig")
 
 numbers = st.floats(0.001, 1e9)
 
@@ -134,6 +152,184 @@ def test_the_document_is_json_with_every_sample() -> None:
     }
 
 
+# --- the README's tables ---
+
+
+def results() -> dict[str, Any]:
+    cpu = figures.Part("cpu", "at a steady rate")
+    cpu.add("agent", "ms per 1,000 requests", [90.0, 110.0], 105.0)
+    models = figures.Part("resolver", "by model")
+    resolver.add_live(models, "threads", [RUN, RUN], [RUN, RUN])
+    resolver.add_live(models, "go", [RUN | {"cpu_us": 300.0}, RUN | {"cpu_us": 100.0}], [RUN, RUN])
+    resolver.add_replay(models, "go", 1966.4, [replay.Cost(10.0, 60.0, 30.0)])
+    about = {"date": "2026-11-23T00:00:00Z", "kernel": "6.1", "cpus": 2}
+    made: dict[str, Any] = json.loads(json.dumps(figures.document([cpu, models], about)))
+    return made
+
+
+KINDS = {kind.name: 0.0 for kind in abi.Kind}
+KINDS |= {"HEAD": 2.0, "END": 1.0}
+RUN = {**KINDS, "events": 3.0, "cpu_us": 200.0, "rate": 900.0, "recorded_pct": 100.0, "lost": 0.0}
+
+
+def test_server_models_have_a_table_of_their_own() -> None:
+    lines = readme_table.table(results()).splitlines()
+    assert lines[2] == "| cpu: agent | 100.0 | 90.00 .. 110.0 | ms per 1,000 requests | ≤ 105 |"
+    columns, _, threads, go = (line.split(" | ") for line in lines[4:8])
+    assert len(columns) == len(threads) == len(go) == 1 + len(readme_table.COLUMNS)
+    cells = dict(zip(columns, go, strict=True))
+    assert cells["agent CPU, µs"] == "200.0 (100.0 .. 300.0)"
+    assert cells["relative to threads"] == "1.000 (0.500 .. 1.500)"
+    assert cells["bytes of events"] == "1,966"
+    assert cells["resolving, % of the three"] == "30.00"
+    assert threads[columns.index("relative to threads")] == ""
+    assert not any("threads: " in line for line in lines)
+    assert {"cpu: at a steady rate.", "resolver: by model."} <= set(lines)
+
+
+def test_the_readme_is_also_written_without_the_models() -> None:
+    found = results()
+    del found["parts"]["resolver"]
+    assert "per request" not in readme_table.table(found).replace("1,000 requests", "")
+
+
+def test_every_column_is_a_figure_of_the_models() -> None:
+    figures_there = {figure["name"].partition(": ")[2] for figure in results()["parts"]["resolver"]["figures"]}
+    assert set(readme_table.COLUMNS) <= figures_there
+    assert {"events, head", "events, end"} <= figures_there
+    assert "events, open" not in figures_there
+
+
+# --- the agent's own account ---
+
+
+def test_samples_keep_their_labels() -> None:
+    text = '# HELP a is\n# TYPE a counter\na_total{kind="x y"} 3\nb 1.5e-3\n'
+    assert rig.samples(text) == {'a_total{kind="x y"}': 3.0, "b": 0.0015}
+
+
+def test_counters_become_figures_per_request() -> None:
+    none = {f'bucketprobe_events_total{{kind="{kind.name.lower()}"}}': 0.0 for kind in abi.Kind}
+    before = none | {"bucketprobe_process_cpu_seconds_total": 0.5, "bucketprobe_records_total": 0.0}
+    before |= {'bucketprobe_events_total{kind="head"}': 5.0, 'bucketprobe_lost_total{cause="a",stage="b"}': 1.0}
+    after = before | {"bucketprobe_process_cpu_seconds_total": 0.7, "bucketprobe_records_total": 990.0}
+    after |= {'bucketprobe_events_total{kind="head"}': 3005.0, 'bucketprobe_events_total{kind="end"}': 1000.0}
+    after |= {'bucketprobe_lost_total{cause="a",stage="b"}': 4.0, 'bucketprobe_lost_total{cause="new",stage="b"}': 2.0}
+    found = resolver.per_request(before, after, 1000)
+    assert (found["HEAD"], found["END"], found["OPEN"], found["events"]) == (3.0, 1.0, 0.0, 4.0)
+    assert found["cpu_us"] == pytest.approx(200.0)
+    assert (found["recorded_pct"], found["lost"]) == (99.0, 5.0)
+
+
+def test_a_server_that_cannot_run_here_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextmanager
+    def started(name: str, folder: Path) -> Iterator[str]:
+        if name == "go":
+            raise resolver.servers.CannotStart("the command go is missing")
+        assert folder.is_dir()
+        yield name
+
+    monkeypatch.setattr(resolver.servers, "started", started)
+    said: list[str] = []
+    with ExitStack() as stack:
+        running = resolver.started(rig.Rig(tmp_path, tmp_path, rig.QUICK, said.append), stack)
+    assert list(running) == ["threads", "asyncio", "asyncio-pool"]
+    assert said == ["resolver: without go: the command go is missing"]
+    assert "without go, which this host cannot run" in resolver.note(500, ["go"])
+    assert "without" not in resolver.note(500, [])
+
+
+# --- the recording and how it is played ---
+
+TGID, MS = 100, 1_000_000
+PUT = b"PUT /v1/bucket/artifact HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+def event(kind: abi.Kind, data: bytes = b"", **values: int) -> bytes:
+    """As it comes from the ring; what is not given is 0, but for the process."""
+    made = abi.EVENTS[kind]()
+    for name, value in ({"kind": kind, "tgid": TGID, "n": len(data)} | values).items():
+        setattr(made.h if hasattr(made.h, name) else made, name, value)
+    return bytes(made) + data
+
+
+def recording(requests: int) -> Any:
+    """So many uploads after each other on an event loop, each with a file of its own."""
+    records = []
+    for i in range(1, requests + 1):
+        at, path = i * 10 * MS, b"/srv/bucket/%d" % i
+        records += [
+            event(abi.Kind.HEAD, PUT, rid=i, ts=at, last=1),
+            event(abi.Kind.OPEN, path, gen=i, ts=at + 2, ns=1, flags=os.O_WRONLY | os.O_TRUNC),
+            event(abi.Kind.FILE, gen=i, what=1, ts=at + 4, first_ns=at + 3, data_ns=at + 4, last_ns=at + 4, write_calls=1, write_bytes=9),
+            event(abi.Kind.END, rid=i, ts=at + 5, start_ns=at, end_ns=at + 5, status=201),
+        ]
+    messages = [
+        {"op": "process", "tgid": TGID, "why": "", "cwd": "/srv"},
+        {"op": "runtime", "tgid": TGID, "kind": int(abi.Runtime.CPYTHON), "detail": ""},
+        {"op": "files", "tgid": TGID, "files": [[1 << 63, 3, "/srv/bucket/index.db", os.O_RDWR]]},
+        {"op": "log", "text": "something else"},
+    ]
+    return replay.Recording(records, messages, 1, StorageSpec(("/srv/bucket",)), requests)
+
+
+def test_a_recording_is_played_to_its_end() -> None:
+    costs = replay.costs(recording(20), 3)
+    assert len(costs) == 3
+    for cost in costs:
+        assert cost.decoding > 0
+        assert cost.decoding + cost.tracking + cost.resolving > 0
+    assert recording(2).bytes_per_request == sum(map(len, recording(1).records))
+
+
+def test_what_resolving_takes_is_a_part_of_the_three() -> None:
+    assert replay.Cost(10.0, 60.0, 30.0).resolving_pct == 30.0
+
+
+def test_a_recording_that_lacks_a_request_is_no_measure() -> None:
+    whole = recording(3)
+    short = replay.Recording(whole.records[:-1], whole.messages, whole.secret, whole.storage, whole.requests)
+    with pytest.raises(BucketprobeError, match="3 requests were recorded and 2 found"):
+        replay.play_seconds(short)
+
+
+def test_the_resolver_is_asked_only_where_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    decide = Process.decide
+
+    def spy(self: Process, unit: Unit) -> Any:
+        asked.append(unit)
+        return decide(self, unit)
+
+    monkeypatch.setattr(Process, "decide", spy)
+    replay.play_seconds(recording(3), replay.Undecided)
+    assert not asked
+    replay.play_seconds(recording(3))
+    assert [unit.work.write_bytes for unit in asked] == [9, 9, 9]
+
+
+def test_undecided_work_goes_to_whoever_ends_first() -> None:
+    process = replay.Undecided()
+    nameless = Names(None, None, None, "")
+    first, second = (Live(rid, TGID, begun, nameless, True) for rid, begun in ((1, 10), (2, 20)))
+    units = [Unit(TGID, File("storage", closed=closed), at) for closed, at in ((True, 5), (True, 15), (False, 16), (True, 25))]
+    for live in (first, second):
+        process.enter(live)
+    for unit in units:
+        process.pending.add(unit)
+    first.ended_ns = 30
+    given_to_first = list(process.settle(first))
+    assert [unit.first_ns for unit, _ in given_to_first] == [15, 25]
+    assert all(list(decision.owners) == [first] for _, decision in given_to_first)
+    assert {unit.first_ns for unit in process.pending} == {5, 16}
+
+
+def test_nothing_is_left_out_under_a_name_that_the_resolver_does_not_have() -> None:
+    ours = {name for name in vars(replay.Undecided) if not name.startswith("__")}
+    assert ours <= set(vars(Process))
+    assert {"settle", "awaits", "review"} <= ours
+
+
 # --- the host ---
 
 
@@ -215,7 +411,7 @@ def test_git_of_no_repository_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--only", "ready,speed"], "--only has no part 'speed': choose from syscalls, ready, memory, cpu, throughput."),
+        (["--only", "ready,speed"], "--only has no part 'speed': choose from syscalls, ready, memory, cpu, resolver, throughput."),
         (["--store", "/nowhere"], "--store /nowhere cannot be used (No such file or directory): name an existing folder."),
     ],
 )
