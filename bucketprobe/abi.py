@@ -18,6 +18,16 @@ U8, U16, U32, U64, S32 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctype
 #: The longest path and head piece that one event carries, in bytes.
 PATH_BYTES = 1024
 HEAD_BYTES = 256
+#: How many bytes of a body, and of what is first written to or read from a file, a fingerprint covers.
+PRINT_BYTES = 32
+#: In the place of how many bytes it covers: it is not known.
+PRINT_UNKNOWN = 255
+#: Of a small write: how many bytes are looked at, how long the pieces are, and how many bits the set of them has.
+TOKEN_BYTES = 512
+TOKEN_WINDOW = 6
+TOKEN_BITS = 4096
+#: The longest write that may hold a request's names besides, in bytes: a database's page.
+TOKEN_WRITE = 4096
 
 
 class Kind(IntEnum):
@@ -30,6 +40,9 @@ class Kind(IntEnum):
     PATH = 5
     PROCESS = 6
     UNKNOWN_FD = 7
+    TOKENS = 8
+    BODY = 9
+    MAP = 10
 
 
 class Direction(IntEnum):
@@ -56,6 +69,26 @@ class RequestFlag(IntEnum):
     QUEUE_SEEN = 16  # the moment at which it became readable is known
 
 
+class FileUse(IntEnum):
+    """Whose a file may be, by how it was opened."""
+
+    ONE = 0  # one request's: made or emptied by this open
+    MANY = 1  # many requests': a database, a log, whatever was open before the agent looked
+    READ = 2  # one request's, unless it stays open for longer than a minute
+
+
+class FileFlag(IntEnum):
+    """Bits of FileEvent.flags."""
+
+    RIDS = 1  # later calls came while their thread had used another request's socket last, or had answered one since
+    TIDS = 2  # more than one thread called
+    SAME_CALL = 4  # bytes went from the file to the request's socket in one call: h.rid is sure
+    MANY = 8  # a file that many requests may use: what one thread did in one go
+    CONTINUES = 16  # sums of this file were sent before: no fingerprint
+    KEYS = 64  # later calls were of another task
+    ALONE = 32  # the thread received h.rid, and had no other unfinished request
+
+
 class PathCall(IntEnum):
     RENAME = 1
     LINK = 2
@@ -70,6 +103,16 @@ class ProcessChange(IntEnum):
     FORK = 2
     EXEC = 3
     EXIT = 4
+    URING = 5
+
+
+class Runtime(IntEnum):
+    """What runs in a process, and so where the key of its current task lies; runtimes.py finds out."""
+
+    NONE = 0
+    GO = 1
+    GO_CGO = 2
+    CPYTHON = 3
 
 
 class FileKind(IntEnum):
@@ -97,6 +140,7 @@ class Stat(IntEnum):
     ACCEPTED = 10
     QUEUED = 11
     DEQUEUED = 12
+    URING = 13
     RING_HEAD = 16
     RING_END = 17
     RING_FILE = 18
@@ -117,6 +161,9 @@ class Stat(IntEnum):
     FD_UNRESOLVED = 33
     CONNECTION_REPLACED = 34
     PATH_CUT = 35
+    TLS = 36
+    RING_TOKENS = 37
+    RING_BODY = 38
 
 
 class Header(ctypes.Structure):
@@ -126,13 +173,26 @@ class Header(ctypes.Structure):
 
 
 class HeadEvent(ctypes.Structure):
-    """A piece of a head, `n` bytes of which follow; `what` is the Direction, `last` says that the head ends with it."""
+    """A piece of a head, `n` bytes of which follow; `what` is the Direction, `last` says that the head ends with it. `tid` and `key`
+    are the thread and the task that received or sent it; a key is 0 where none is known."""
 
-    _fields_ = (("h", Header), ("conn", U64), ("last", U32), ("status", U32))
+    _fields_ = (
+        ("h", Header),
+        ("conn", U64),
+        ("key", U64),
+        ("tid", U32),
+        ("last", U32),
+        ("status", U32),
+        ("lost_files", U32),
+    )
 
 
 class EndEvent(ctypes.Structure):
-    """A request ended (`what` is the EndOutcome). Times are ns since boot or durations in ns."""
+    """A request ended (`what` is the EndOutcome). Times are ns since boot or durations in ns; 0 where it did not happen.
+
+    `client_ns`: the socket was empty and the request not yet whole; of that, `client_out_ns` outside of reads. `server_ns`: its
+    bytes lay unread, with no read under way. `print_*`: keyed hashes of the first bytes of the bodies, `printed_*` of how many.
+    """
 
     _fields_ = (
         ("h", Header),
@@ -149,6 +209,16 @@ class EndEvent(ctypes.Structure):
         ("wait_rx_ns", U64),
         ("wait_tx_ns", U64),
         ("runqueue_ns", U64),
+        ("received_ns", U64),
+        ("answered_ns", U64),
+        ("client_ns", U64),
+        ("client_out_ns", U64),
+        ("server_ns", U64),
+        ("print_in", U64),
+        ("print_out", U64),
+        ("key", U64),
+        ("printed_in", U32),
+        ("printed_out", U32),
         ("sequence", U32),
         ("tid", U32),
         ("recv_calls", U32),
@@ -157,18 +227,34 @@ class EndEvent(ctypes.Structure):
         ("flags", U32),
         ("lost", U32),
         ("framed", U32),
+        ("lost_files", U32),
+        ("pad", U32),
     )
 
 
 class OpenEvent(ctypes.Structure):
-    """A file was opened as `fd`; from now on it is generation `gen`. `n` bytes of path follow, relative to `dirgen` unless
-    `dirfd` is AT_FDCWD."""
+    """A file was opened as `fd` (`what`: FileFlag.ALONE or 0); from now on it is generation `gen`. `n` bytes of path follow, relative
+    to `dirgen` unless `dirfd` is AT_FDCWD."""
 
-    _fields_ = (("h", Header), ("gen", U64), ("ns", U64), ("tid", U32), ("fd", S32), ("flags", U32), ("dirfd", S32), ("dirgen", U64))
+    _fields_ = (
+        ("h", Header),
+        ("gen", U64),
+        ("ns", U64),
+        ("key", U64),
+        ("dirgen", U64),
+        ("tid", U32),
+        ("fd", S32),
+        ("flags", U32),
+        ("dirfd", S32),
+    )
 
 
 class FileEvent(ctypes.Structure):
-    """Work on one generation of a file for one request (`rid`, or 0), summed over its calls; durations in ns. `what`: its end."""
+    """Work on one generation of a file, summed over calls; durations in ns. `what`: its last descriptor is closed.
+
+    `rid`: the request whose socket the first call's thread had used last, or 0. `first_ns`: the first call's entry, `last_ns`: the
+    exit of the last but close, `data_ns`: of the last that moved bytes. `print`: of the first `printed` bytes written, or else read.
+    """
 
     _fields_ = (
         ("h", Header),
@@ -181,18 +267,38 @@ class FileEvent(ctypes.Structure):
         ("other_ns", U64),
         ("first_ns", U64),
         ("last_ns", U64),
+        ("data_ns", U64),
+        ("key", U64),
+        ("print", U64),
+        ("printed", U32),
+        ("flags", U32),
+        ("tid", U32),
         ("write_calls", U32),
         ("read_calls", U32),
         ("syncs", U32),
         ("others", U32),
+        ("pad", U32),
     )
 
 
 class PathEvent(ctypes.Structure):
-    """A call on paths (`what` is the PathCall). `n` bytes of the first path follow, then `n2` of the second; relative ones are so
-    to a directory's generation, or to the working directory where its descriptor is AT_FDCWD. fchdir has no path but that."""
+    """A call on paths (`what` is the PathCall, `file_flags` FileFlag.ALONE or 0). `n` bytes of the first path follow, then `n2` of
+    the second; relative ones are so to a directory's generation, or to the working directory where its descriptor is AT_FDCWD.
+    fchdir has no path but that."""
 
-    _fields_ = (("h", Header), ("ns", U64), ("tid", U32), ("n2", U32), ("dirfd", S32), ("dirfd2", S32), ("dirgen", U64), ("dirgen2", U64))
+    _fields_ = (
+        ("h", Header),
+        ("ns", U64),
+        ("key", U64),
+        ("dirgen", U64),
+        ("dirgen2", U64),
+        ("tid", U32),
+        ("n2", U32),
+        ("dirfd", S32),
+        ("dirfd2", S32),
+        ("file_flags", U32),
+        ("pad", U32),
+    )
 
 
 class ProcessEvent(ctypes.Structure):
@@ -207,6 +313,25 @@ class UnknownFdEvent(ctypes.Structure):
     _fields_ = (("h", Header), ("gen", U64), ("fd", S32), ("pad", U32))
 
 
+class TokensEvent(ctypes.Structure):
+    """What a small write may say of a request, without its text: a set of keyed hashes, TOKEN_BITS bits, of all its pieces of
+    TOKEN_WINDOW bytes follows. Whether a name is in it can be asked; what else is in it cannot be told."""
+
+    _fields_ = (("h", Header), ("gen", U64), ("key", U64), ("tid", U32), ("size", U32))
+
+
+class BodyEvent(ctypes.Structure):
+    """A request's body was received whole; `print` is of its first `printed` bytes."""
+
+    _fields_ = (("h", Header), ("print", U64), ("bytes", U64), ("printed", U32), ("pad", U32))
+
+
+class MapEvent(ctypes.Structure):
+    """A file was mapped into memory, with mmap(2)'s `prot` and `flags`: what is done with it from there is not seen."""
+
+    _fields_ = (("h", Header), ("gen", U64), ("size", U64), ("prot", U32), ("flags", U32))
+
+
 EVENTS: dict[Kind, type[ctypes.Structure]] = {
     Kind.HEAD: HeadEvent,
     Kind.END: EndEvent,
@@ -215,7 +340,23 @@ EVENTS: dict[Kind, type[ctypes.Structure]] = {
     Kind.PATH: PathEvent,
     Kind.PROCESS: ProcessEvent,
     Kind.UNKNOWN_FD: UnknownFdEvent,
+    Kind.TOKENS: TokensEvent,
+    Kind.BODY: BodyEvent,
+    Kind.MAP: MapEvent,
 }
+
+
+class FdEntry(ctypes.Structure):
+    """A value of the `fds` map. `object`: a socket's address or a file's generation; `kind`: the FileKind; `not_served`: a socket
+    that is no connection of the service; `shared`: other descriptors name the same file; `many`: a FileUse."""
+
+    _fields_ = (("object", U64), ("kind", U32), ("not_served", U8), ("shared", U8), ("many", U8), ("pad", U8))
+
+
+class LayoutEntry(ctypes.Structure):
+    """A value of the `layouts` map, by tgid: where the key of the current task lies (see runtimes.py)."""
+
+    _fields_ = (("slot", U32), ("member", U32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +384,11 @@ MAPS: tuple[Map, ...] = (
     Map("calls", ARRAY, 4, 4, 512),
     Map("targets", ARRAY, 4, 64, 65_536, MMAPABLE),
     Map("config", ARRAY, 4, 8, 16),
+    Map("layouts", HASH, 4, 8, 1_024),
     Map("ports", HASH, 4, 4, 256),
     Map("threads", HASH, 4, "struct thread", 16_384),
     Map("conns", HASH, 8, "struct conn", 4_096),
-    Map("fds", HASH, 8, "struct fd", 65_536),
+    Map("fds", HASH, 8, ctypes.sizeof(FdEntry), 65_536),
     Map("work", HASH, 16, "struct work", 16_384),
     Map("scratch", PERCPU_ARRAY, 4, "struct scratch", 1),
 )
@@ -264,6 +406,9 @@ class Config(IntEnum):
 
     HEAD_BYTES = 0
     WATCH_EXEC = 1
+    SECRET = 2  # of fingerprints and tokens: an odd random number, and another
+    SECRET_2 = 3
+    LOST_FILES = 4  # written by the kernel: events about file work that were lost
 
 
 class Handler(IntEnum):
@@ -289,6 +434,10 @@ class Handler(IntEnum):
     FRAME = 13
     CHUNK = 14
     FINISH = 15
+    TOKENS = 16
+    BODY = 17
+    MAP = 18
+    URING = 19
 
 
 #: x86_64 system call numbers (arch/x86/entry/syscalls/syscall_64.tbl) by the handler that takes them.
@@ -310,6 +459,8 @@ CALLS: dict[Handler, dict[str, int]] = {
         "mkdir": 83, "mkdirat": 258, "chdir": 80, "fchdir": 81, "truncate": 76,
     },
     Handler.DUP: {"dup": 32, "dup2": 33, "dup3": 292, "fcntl": 72},
+    Handler.MAP: {"mmap": 9},
+    Handler.URING: {"io_uring_setup": 425, "io_uring_enter": 426},
     Handler.WAIT: {
         "poll": 7, "select": 23, "epoll_wait": 232, "pselect6": 270, "ppoll": 271, "epoll_pwait": 281, "epoll_pwait2": 441,
     },
@@ -332,7 +483,9 @@ OFFSETS: dict[str, tuple[str, str]] = {
     "OFF_SOCK_NUM": ("sock", "__sk_common.skc_num"),
     "OFF_SOCK_FAMILY": ("sock", "__sk_common.skc_family"),
     "OFF_SOCK_STATE": ("sock", "__sk_common.skc_state"),
+    "OFF_TASK_FSBASE": ("task_struct", "thread.fsbase"),
     "OFF_TCP_RCV_NXT": ("tcp_sock", "rcv_nxt"),
+    "OFF_TCP_COPIED": ("tcp_sock", "copied_seq"),
     "OFF_SKB_CB": ("sk_buff", "cb"),
 }
 
@@ -370,11 +523,18 @@ def render_header() -> str:
         "",
         f"#define PATH_BYTES {PATH_BYTES}",
         f"#define HEAD_BYTES {HEAD_BYTES}",
+        f"#define PRINT_BYTES {PRINT_BYTES}",
+        f"#define PRINT_UNKNOWN {PRINT_UNKNOWN}",
+        f"#define TOKEN_BYTES {TOKEN_BYTES}",
+        f"#define TOKEN_WINDOW {TOKEN_WINDOW}",
+        f"#define TOKEN_BITS {TOKEN_BITS}",
+        f"#define TOKEN_WRITE {TOKEN_WRITE}",
         "",
     ]
     prefixes: dict[type[IntEnum], str] = {
-        Kind: "EV", Direction: "DIR", EndOutcome: "END", RequestFlag: "RF", PathCall: "PC", ProcessChange: "PR",
-        FileKind: "FD", Stat: "ST", Port: "PORT", Config: "CFG", Handler: "H",
+        Kind: "EV", Direction: "DIR", EndOutcome: "END", RequestFlag: "RF", FileUse: "USE", FileFlag: "FF", PathCall: "PC",
+        ProcessChange: "PR",
+        Runtime: "RT", FileKind: "FD", Stat: "ST", Port: "PORT", Config: "CFG", Handler: "H",
     }  # fmt: skip
     for enum, prefix in prefixes.items():
         lines.append(f"enum {{ /* {enum.__name__} */")
@@ -385,7 +545,7 @@ def render_header() -> str:
     lines += ["};", ""]
     lines += [f"#define NR_{name} {nr}" for calls in CALLS.values() for name, nr in calls.items()]
     lines.append("")
-    structures: list[type[ctypes.Structure]] = [Header, *EVENTS.values()]
+    structures: list[type[ctypes.Structure]] = [Header, *EVENTS.values(), FdEntry, LayoutEntry]
     for structure in structures:
         lines += [*_render_struct(structure), ""]
     lines.append("#endif")

@@ -22,7 +22,8 @@ from bucketprobe.errors import BucketprobeError
 from bucketprobe.exporters.jsonl import JsonLines, open_records
 from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
 from bucketprobe.link import BrokerLink, log
-from bucketprobe.model import OUTCOMES, Request
+from bucketprobe.model import OUTCOMES, Request, Share
+from bucketprobe.sinks.attribution import AttributionSink
 from bucketprobe.sinks.metrics import MetricsSink
 from bucketprobe.stats import read_stats
 from bucketprobe.tracker import Tracker
@@ -90,6 +91,7 @@ class Agent:
     def _serve(self, control_socket: socket.socket, listener: socket.socket) -> None:
         settings, link = self._settings, self._link
         self._sink = MetricsSink(settings.tags.labels())
+        self._attribution = AttributionSink()
         self._tracker = Tracker(FileClasses(settings.storage), self._clock.wall_ns, self._path_of, self._cwd_of, self._finished)
         self._control = capture.ControlServer(control_socket, self._status, self._lost_flat)
         text = PrometheusText(self._sink.collect, self._health)
@@ -105,6 +107,7 @@ class Agent:
         log(f"runs as {dropped.user} (uid {dropped.uid}) without capabilities: all five sets are empty, and no new ones can be gained")
         ready, descriptors = link.await_ready()
         events, self._stats_fd = descriptors
+        self._tracker.secret = ready["secret"]
         self._ring = bpf.Ring(events, ready["ring_bytes"])
         for name in ready["missing"]:
             log(_WHAT_IS_MISSING[name])
@@ -185,7 +188,8 @@ class Agent:
                     self._tracker.feed(event)
             if len(records) < 4096:
                 break
-        self._tracker.tick(time.monotonic_ns())
+        # Where the ring could not be emptied, what lies in it may still say whose work something was.
+        self._tracker.tick(time.monotonic_ns() if len(records) < 4096 else self._tracker.latest_ns)
 
     def _process_changed(self, event: Any) -> None:
         match event.what:
@@ -195,8 +199,11 @@ class Agent:
                 # The kernel follows it already, and finds what it inherited in its parent's descriptors.
                 self._processes[event.tgid] = f"child of {event.other}"
                 self._tracker.inherit(event.tgid, event.other)
+                self._link.tell({"op": "fork", "tgid": event.tgid})
             case abi.ProcessChange.EXEC:
                 self._link.tell({"op": "exec", "tgid": event.tgid})
+            case abi.ProcessChange.URING:
+                self._tracker.learn_uring(event.tgid)
             case abi.ProcessChange.EXIT:
                 if self._processes.pop(event.tgid, None):
                     self._link.tell({"op": "gone", "tgid": event.tgid})
@@ -215,6 +222,11 @@ class Agent:
                     self._processes[message["tgid"]] = message["why"]
                     if message["cwd"]:
                         self._tracker.learn_cwd(message["tgid"], message["cwd"])
+                case "runtime":
+                    log(f"pid {message['tgid']}: {message['detail']}")
+                    self._tracker.learn_runtime(message["tgid"], message["kind"])
+                case "uring":
+                    self._tracker.learn_uring(message["tgid"])
                 case "files":
                     for gen, _fd, path, flags in message["files"]:
                         self._tracker.learn_file(gen, path, flags)
@@ -233,6 +245,7 @@ class Agent:
 
     def _finished(self, request: Request) -> None:
         self._sink.observe(request)
+        self._attribution.observe(request)
         self._control.offer(request)
         if self._records:
             self._records.write(request)
@@ -277,7 +290,18 @@ class Agent:
             ring_bytes=self._settings.ring_bytes,
             cpu_seconds=time.process_time(),
             rss_bytes=_resident_bytes(),
+            labelled=self._attribution.labelled,
+            evidence=self._attribution.evidence,
+            limited_by=self._attribution.limited_by,
+            attributed=self._attributed(),
+            gap_bytes=self._tracker.gap_bytes,
+            coverage_gaps=("tls",) if stats[abi.Stat.TLS] else (),
         )
+
+    def _attributed(self) -> dict[tuple[str, str], Share]:
+        """File work by label and kind; what no request got is unattributed."""
+        untied = {("unattributed", kind): share for kind, share in self._tracker.unattributed.items()}
+        return self._tracker.attributed | untied
 
     def _status(self) -> Mapping[str, object]:
         health = self._health()
@@ -291,6 +315,7 @@ class Agent:
             "lost": {f"{stage}.{cause}": count for (stage, cause), count in health.lost.items() if count},
             "cpu_seconds": health.cpu_seconds,
             "rss_bytes": health.rss_bytes,
+            "coverage_gaps": health.gaps,
         }
 
     def _why_not_ready(self) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import secrets
 import select
 import signal
 import socket
@@ -18,13 +19,15 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from bucketprobe import abi, bpf, program, target, wire
+from bucketprobe import abi, bpf, program, runtimes, target, wire
 from bucketprobe.config import Settings
 from bucketprobe.errors import BucketprobeError
 from bucketprobe.stats import read_stats
 
 #: How often the targets are looked for again: while there is none, and otherwise.
 SEARCH_SECONDS, REVIEW_SECONDS = 1.0, 30.0
+#: How often a target is asked what runs in it, and how many times, before it counts as nothing of note.
+SETTLE_SECONDS, SETTLE_TRIES = 1.0, 120
 #: How long descriptors of processes that are gone may stay in the map.
 SWEEP_SECONDS = 10.0
 #: What a file takes in a message besides its path, at most, in bytes.
@@ -46,7 +49,10 @@ class Broker:
         self._agent = agent
         self._known: dict[int, int | None] = {}  # tgid -> start time
         self._gone: set[int] = set()
+        self._unsettled: dict[int, tuple[int | None, int]] = {}  # tgid -> start time, how often to look again what runs in it
         self._generations = 0
+        # Of fingerprints: odd, so that multiplying by it loses nothing. The agent needs them to look names up; nobody else does.
+        self._secret = {place: secrets.randbits(64) | 1 for place in (abi.Config.SECRET, abi.Config.SECRET_2)}
         programs = program.compiled(settings.cache_dir, self._log)
         offsets = program.kernel_offsets(settings.cache_dir, self._log)
         sizes = {"events": settings.ring_bytes, "conns": settings.max_connections}
@@ -55,6 +61,8 @@ class Broker:
         rows = next(m for m in abi.MAPS if m.name == "targets").entries
         self._targets = mmap.mmap(self._maps["targets"], rows * 64)
         self._set_config(abi.Config.HEAD_BYTES, settings.head_bytes)
+        for place in (abi.Config.SECRET, abi.Config.SECRET_2):
+            self._set_config(place, self._secret[place])
         self._set_config(abi.Config.WATCH_EXEC, int(settings.target.asks_on_exec))
         for port in settings.target.ports:
             self._serve(port, abi.Port.CONFIGURED)
@@ -64,12 +72,17 @@ class Broker:
         self._search()
         wire.send(
             self._agent,
-            {"op": "ready", "missing": self._probes.missing, "ring_bytes": self._settings.ring_bytes},
+            {
+                "op": "ready",
+                "missing": self._probes.missing,
+                "ring_bytes": self._settings.ring_bytes,
+                "secret": self._secret[abi.Config.SECRET],
+            },
             (self._maps["events"], self._maps["stats"]),
         )
         poll = select.poll()
         poll.register(self._agent, select.POLLIN)
-        search_at = sweep_at = 0.0
+        search_at = sweep_at = settle_at = 0.0
         while True:
             if poll.poll(1000):
                 received = wire.receive(self._agent)
@@ -80,6 +93,10 @@ class Broker:
             if now >= search_at:
                 self._search()
                 search_at = now + (REVIEW_SECONDS if self._known else SEARCH_SECONDS)
+            if self._unsettled and now >= settle_at:
+                for tgid in list(self._unsettled):
+                    self._settle(tgid)
+                settle_at = now + SETTLE_SECONDS
             if self._gone and now >= sweep_at:
                 self._sweep()
                 sweep_at = now + SWEEP_SECONDS
@@ -103,6 +120,9 @@ class Broker:
                 self._executed(tgid)
             case "process":
                 self._add(tgid, message["why"])
+            case "fork":
+                if self._targets[tgid] == 1:  # what ran in its parent is not known, either
+                    self._unsettled[tgid] = target.start_time(tgid), SETTLE_TRIES
             case "gone":
                 self._gone.add(tgid)
                 self._known.pop(tgid, None)
@@ -141,13 +161,33 @@ class Broker:
         files = list(self._open_files(tgid))
         # The names go first: the kernel speaks of a generation as soon as it is in the map.
         wire.send(self._agent, {"op": "process", "tgid": tgid, "why": why, "cwd": target.cwd(tgid)})
+        if target.has_uring(tgid):
+            wire.send(self._agent, {"op": "uring", "tgid": tgid})
         for batch in _batches(files):
             wire.send(self._agent, {"op": "files", "tgid": tgid, "files": batch})
         for gen, fd, _, _ in files:
-            value = struct.pack("=QIHH", gen, abi.FileKind.FILE, 0, 0)
+            value = bytes(abi.FdEntry(object=gen, kind=abi.FileKind.FILE, many=abi.FileUse.MANY))
             with suppress(OSError):  # the kernel met it first, or has no room: it then asks by itself, or counts it
                 bpf.map_update(self._maps["fds"], struct.pack("=Q", tgid << 32 | fd), value, bpf.NOEXIST)
         self._targets[tgid] = 1
+        self._unsettled[tgid] = start, SETTLE_TRIES
+        self._settle(tgid)
+
+    def _settle(self, tgid: int) -> None:
+        """Finds out what runs in a target. A process that has only just begun may not show it yet, so it is asked again."""
+        start, tries = self._unsettled.pop(tgid)
+        if start is None or target.start_time(tgid) != start:
+            return
+        found = runtimes.layout(tgid)
+        if found.kind is runtimes.Kind.NONE:
+            if tries:
+                self._unsettled[tgid] = start, tries - 1
+            return
+        if found.member:
+            entry = bytes(abi.LayoutEntry(found.slot, found.member))
+            bpf.map_update(self._maps["layouts"], struct.pack("=I", tgid), entry)
+        self._targets[tgid] = 1 | found.kind << 1
+        wire.send(self._agent, {"op": "runtime", "tgid": tgid, "kind": int(found.kind), "detail": found.detail})
 
     def _open_files(self, tgid: int) -> Iterator[OpenFile]:
         """A process's open files and directories: (generation, fd, path, flags). Ports that it listens on are noted."""

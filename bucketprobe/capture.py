@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TextIO
 import orjson
 
 from bucketprobe.errors import AgentBusy, BucketprobeError, EnvironmentLack, UsageError
-from bucketprobe.model import OPERATIONS, PHASES_AS_THEY_HAPPEN, Request
+from bucketprobe.model import LABELS, OPERATIONS, PHASES_AS_THEY_HAPPEN, Request
 
 Record = dict[str, Any]
 
@@ -46,6 +46,9 @@ GRACE_S = 5.0
 #: What one capture keeps on the client's side; the rest is counted.
 MAX_RECORDS = 100_000
 
+#: The phases that are absent, and not 0, where file work was not seen.
+_FILE_PHASES = ("storage_write", "storage_sync", "storage_read", "metadata")
+
 
 class NoAgent(BucketprobeError):
     """No agent answers on this host: the command line may start one."""
@@ -60,6 +63,7 @@ class Spread:
 
     `requests` counts those in which it occurred; it is 0 ms in the others, and the percentiles (nearest rank: the
     smallest value that at least p percent of the requests do not exceed) include them. `share`: of the summed duration.
+    A request whose file work may not have been seen is no 0 ms in a phase of file work: there it is left out.
     """
 
     requests: int
@@ -71,31 +75,55 @@ class Spread:
 
 
 @dataclass(slots=True)
+class WorkShare:
+    """How much of all file work that was tied to requests carries one label; the shares of all labels add up to 1."""
+
+    bytes: int = 0
+    ms: float = 0.0
+    share_of_bytes: float = 0.0
+    share_of_ms: float = 0.0
+
+
+@dataclass(slots=True)
 class OperationSummary:
-    """`phases` in `PHASES_AS_THEY_HAPPEN` order, only those that occurred; their shares add up to 1."""
+    """`phases` in `PHASES_AS_THEY_HAPPEN` order, only those that occurred; their shares add up to 1. `limited_by`: requests."""
 
     requests: int
+    limited_by: dict[str, int]
     duration: Spread
     phases: dict[str, Spread]
 
 
 @dataclass(slots=True)
 class Summary:
-    """What `summarise` found. The keys of `statuses` are codes as text, or `unknown`; `slowest` holds whole records."""
+    """What `summarise` found. The keys of `statuses` are codes as text, or `unknown`; `slowest` holds whole records.
+
+    `limited_by`: requests by client, server, storage or `unknown`, as in each operation; `work`: their file work by label;
+    `coverage_gaps`: requests by each reason why their file work may not have been seen.
+    """
 
     requests: int
     operations: dict[str, OperationSummary]
     statuses: dict[str, int]
     outcomes: dict[str, int]
+    limited_by: dict[str, int]
     labels: dict[str, int]
+    work: dict[str, WorkShare]
+    coverage_gaps: dict[str, int]
     lost_events: int
     slowest: list[Record]
 
 
 def summarise(records: Iterable[Record], slowest: int = 3) -> Summary:
-    """Sum up records of `Request.record()`'s form; keeps 8 bytes a request and phase, and the `slowest` records whole."""
+    """Sum up records of `Request.record()`'s form; keeps 8 bytes a request and phase, and the `slowest` records whole.
+
+    What an agent of an earlier version does not say (waiting, gaps, the split of file work) is unknown or left out.
+    """
     times: dict[str, dict[str, array[float]]] = {}
-    counts: dict[str, Counter[str]] = {"status": Counter(), "outcome": Counter(), "label": Counter()}
+    unseen: Counter[tuple[str, str]] = Counter()
+    limits: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "outcome", "label", "gap")}
+    work: dict[str, WorkShare] = {}
     lost_events = 0
     heap: list[tuple[float, int, Record]] = []
     for number, record in enumerate(records):
@@ -104,29 +132,56 @@ def summarise(records: Iterable[Record], slowest: int = 3) -> Summary:
         of_operation[""].append(duration)
         for phase, ms in record["phases"].items():
             of_operation.setdefault(phase, array("d")).append(ms)
+        gaps = record.get("coverage_gaps", ())
+        if gaps:
+            unseen.update((record["operation"], phase) for phase in _FILE_PHASES if phase not in record["phases"])
         counts["status"]["unknown" if record["status"] is None else str(record["status"])] += 1
         counts["outcome"][record["outcome"]] += 1
+        limits.setdefault(record["operation"], Counter())[record.get("limited_by") or "unknown"] += 1
         counts["label"][record["attribution"]["label"]] += 1
+        counts["gap"].update(gaps)
+        _add_work(work, record)
         lost_events += record["lost_events"]
         heapq.heappush(heap, (duration, -number, record))
         if len(heap) > slowest:
             heapq.heappop(heap)
     return Summary(
         requests=counts["outcome"].total(),
-        operations={name: _operation(times[name]) for name in OPERATIONS if name in times},
+        operations={name: _operation(name, times[name], limits[name], unseen) for name in OPERATIONS if name in times},
         statuses=dict(sorted(counts["status"].items())),
         outcomes=dict(counts["outcome"].most_common()),
+        limited_by=dict(sum(limits.values(), Counter()).most_common()),
         labels=dict(counts["label"].most_common()),
+        work=_shares(work),
+        coverage_gaps=dict(counts["gap"].most_common()),
         lost_events=lost_events,
         slowest=[record for _, _, record in sorted(heap, key=lambda entry: entry[:2], reverse=True)],
     )
 
 
-def _operation(times: Mapping[str, array[float]]) -> OperationSummary:
+def _add_work(work: dict[str, WorkShare], record: Record) -> None:
+    for label, share in record["attribution"].get("by_label", {}).items():
+        total = work.setdefault(label, WorkShare())
+        total.bytes += share["bytes"]
+        total.ms += share["ms"]
+
+
+def _shares(work: dict[str, WorkShare]) -> dict[str, WorkShare]:
+    all_bytes = sum(share.bytes for share in work.values())
+    all_ms = sum(share.ms for share in work.values())
+    for share in work.values():
+        share.share_of_bytes = share.bytes / all_bytes if all_bytes else 0.0
+        share.share_of_ms = share.ms / all_ms if all_ms else 0.0
+    return {label: work[label] for label in LABELS if label in work}
+
+
+def _operation(
+    name: str, times: Mapping[str, array[float]], limits: Counter[str], unseen: Mapping[tuple[str, str], int]
+) -> OperationSummary:
     requests = len(times[""])
     total = sum(times[""])
-    phases = {name: _spread(times[name], requests, total) for name in PHASES_AS_THEY_HAPPEN if name in times}
-    return OperationSummary(requests, _spread(times[""], requests, total), phases)
+    phases = {phase: _spread(times[phase], requests - unseen[name, phase], total) for phase in PHASES_AS_THEY_HAPPEN if phase in times}
+    return OperationSummary(requests, dict(limits.most_common()), _spread(times[""], requests, total), phases)
 
 
 def _spread(values: array[float], requests: int, all_ms: float) -> Spread:
@@ -176,20 +231,38 @@ def render_table(summary: Summary, color: bool, width: int, unicode: bool = True
         ("operation", {name: each.requests for name, each in summary.operations.items()}),
         ("status", summary.statuses),
         ("outcome", summary.outcomes),
+        ("limited by", summary.limited_by),
         ("attribution", summary.labels),
     ):
         if numbers:
-            lines.append(f"  {title:<12} " + ", ".join(f"{_plain(name)}: {number}" for name, number in numbers.items()))
+            lines.append(_counts(title, numbers))
+    if summary.work:
+        lines.append(f"  {'file work':<12} " + ", ".join(_work_share(label, share) for label, share in summary.work.items()))
+    for reason, number in summary.coverage_gaps.items():
+        lines.append(f"  warning: {_plain(_gap_words(reason))} ({_count(number, 'request')})")
     if summary.lost_events:
         lines.append(f"  {_count(summary.lost_events, 'event')} lost: the counts of some requests are lower bounds")
     for name, operation in summary.operations.items():
-        lines += ["", _bold(f"{name}, {_count(operation.requests, 'request')}", look), *_operation_table(operation, look)]
+        lines += ["", _bold(f"{name}, {_count(operation.requests, 'request')}", look)]
+        if operation.limited_by.keys() != {"unknown"}:
+            lines.append(_counts("limited by", operation.limited_by))
+        lines += _operation_table(operation, look)
     if summary.operations:
         lines += ["", "Percentiles are nearest-rank over all requests of the operation; a phase that one did not have is 0 ms in it."]
+        if summary.coverage_gaps:
+            lines.append("Requests with such a warning are left out of the storage and metadata phases that they lack.")
     return "\n".join(lines) + "\n"
 
 
 _COLUMNS = f"  {'phase':<15} {'requests':>8} {'p50 ms':>11} {'p95 ms':>11} {'p99 ms':>11} {'share':>8}"
+
+
+def _counts(title: str, numbers: Mapping[str, int]) -> str:
+    return f"  {title:<12} " + ", ".join(f"{_plain(name)}: {number}" for name, number in numbers.items())
+
+
+def _work_share(label: str, share: WorkShare) -> str:
+    return f"{label}: {share.share_of_ms * 100:.1f} % of time and {share.share_of_bytes * 100:.1f} % of bytes"
 
 
 def _operation_table(operation: OperationSummary, look: Look) -> list[str]:
@@ -221,19 +294,72 @@ def _heading(number: int, record: Record, look: Look) -> list[str]:
     status = "status unknown" if record["status"] is None else f"status {record['status']}"
     route = record["route"] or "no route of the contract"
     names = ", ".join(f"{key} {record[name]}" for key, name in _NAMES if record[name] is not None)
-    attribution = record["attribution"]
     lines = [
         f"{number}. {record['operation']}  {status}  {record['outcome']}  {record['duration_ms']:.3f} ms",
         f"   {record['method'] or 'method unknown'} {route}" + (f"  ({names})" if names else ""),
         f"   in {_size(record['bytes_in'])}, out {_size(record['bytes_out'])}  {record['time']}  id {record['id']}",
-        f"   file work: {attribution['label']}"
-        + (f" by {', '.join(attribution['evidence'])}" if attribution["evidence"] else "")
-        + (f", {_size(attribution['unattributed_bytes'])} tied to no request" if attribution["unattributed_bytes"] else ""),
+        f"   {_waiting(record)}",
+        *_file_work(record["id"], record["attribution"]),
+        *(f"   warning: {_gap_words(reason)}" for reason in record.get("coverage_gaps", ())),
     ]
     if record["lost_events"]:
         lines.append(f"   {_count(record['lost_events'], 'event')} of it lost: its figures are lower bounds")
     first, *others = map(_plain, lines)
     return [_bold(first, look), *others]
+
+
+def _waiting(record: Record) -> str:
+    waits = ((end, record.get(f"{end}_wait_ms")) for end in ("client", "server"))
+    shown = ", ".join(f"{end} wait unknown" if ms is None else f"{end} wait {ms:.3f} ms" for end, ms in waits)
+    return f"{shown}; limited by: {record.get('limited_by') or 'unknown'}"
+
+
+def _file_work(own: str, attribution: Record) -> Iterator[str]:
+    """How the request's file work was tied to it: the label and why, its split where there is more than one, and who else."""
+    why = "; ".join(_EVIDENCE_WORDS.get(name, name) for name in attribution["evidence"])
+    yield f"   file work: {attribution['label']}" + (f", by {why}" if why else "")
+    by_label = attribution.get("by_label", {})
+    if len(by_label) > 1:
+        parts = (f"{label} {_size(share['bytes'])} in {share['ms']:.3f} ms" for label, share in by_label.items())
+        yield f"     of it {', '.join(parts)}"
+    others = [each for each in attribution.get("candidates", []) if each != own]
+    if others:
+        more = f" and {len(others) - _CANDIDATES_SHOWN} more" if len(others) > _CANDIDATES_SHOWN else ""
+        yield f"     shared with {_count(len(others), 'request')}: {', '.join(others[:_CANDIDATES_SHOWN])}{more}"
+    if attribution["unattributed_bytes"]:
+        yield f"     {_size(attribution['unattributed_bytes'])} meanwhile tied to no request"
+
+
+_CANDIDATES_SHOWN = 4
+
+#: By name in model.EVIDENCE; docs/attribution.md says more.
+_EVIDENCE_WORDS = {
+    "same_call": "one call between file and socket",
+    "thread": "its thread, which served it alone",
+    "goroutine": "its goroutine",
+    "context": "its Python task",
+    "descriptor": "its file from open to close",
+    "last_socket": "the thread's last socket",
+    "path": "names in the path",
+    "bytes": "as many bytes as its body",
+    "fingerprint": "its body's first bytes",
+    "token": "names in what was written",
+    "continuity": "the thread's work just before",
+    "window": "no other request in flight",
+    "order": "the order of the requests (a guess)",
+}
+
+#: By reason in model.GAPS.
+_GAP_WORDS = {
+    "io_uring": "file work by io_uring is not seen: storage time and file counts may lack it",
+    "mmap": "file work through mapped memory (mmap) is not seen: storage time and file counts may lack it",
+    "tls": "what goes through TLS is not seen: bytes are counted encrypted, and requests may be missing",
+    "unseen": "no file work was seen for the body: it may be in memory only, or be written by another process",
+}
+
+
+def _gap_words(reason: str) -> str:
+    return _GAP_WORDS.get(reason, f"file work may not be seen: {reason}")
 
 
 _NAMES = (("bucket", "bucket_id"), ("artifact", "artifact_id"), ("version", "version"), ("request id", "request_id"))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from bucketprobe import __version__
 from bucketprobe.abi import Kind as EventKind
 from bucketprobe.abi import Stat
-from bucketprobe.model import OUTCOMES, PHASES, TRACKER_LOSSES
+from bucketprobe.model import EVIDENCE, GAPS, LABELS, OUTCOMES, PHASES, TRACKER_LOSSES, Limit, Share
 
 Kind = Literal["counter", "histogram", "gauge"]
 
@@ -168,6 +168,17 @@ LOSSES: tuple[tuple[str, str], ...] = (
     ("jsonl", "unencodable"),
 )
 
+#: What may have taken most of a request's time; `unknown` where its end was not seen or its waiting is not known.
+LIMITS = (*get_args(Limit), UNKNOWN)
+
+#: The files whose work is tied to requests, by what they hold.
+WORK_KINDS = ("storage", "metadata")
+#: The labels of file work, by the files it is on.
+WORK = tuple((label, kind) for label in LABELS for kind in WORK_KINDS)
+
+#: Bodies of which no file work was seen, by why and by which way they went.
+GAP_BYTES = tuple((reason, direction) for reason in GAPS for direction in ("write", "read"))
+
 #: Kinds of events, as they come from the ring.
 EVENT_KINDS = tuple(kind.name.lower() for kind in EventKind)
 
@@ -183,6 +194,16 @@ class HealthSnapshot:
     lost: Mapping[tuple[str, str], int] = field(default_factory=dict)
     events: Mapping[str, int] = field(default_factory=dict)
     series_overflow: int = 0
+    #: Finished requests on artifacts: by label, by each evidence that decided part of their file work, and by what limited them.
+    labelled: Mapping[str, int] = field(default_factory=dict)
+    evidence: Mapping[str, int] = field(default_factory=dict)
+    limited_by: Mapping[str, int] = field(default_factory=dict)
+    #: File work by (label, kind of `WORK_KINDS`); `unattributed` is what was tied to no request.
+    attributed: Mapping[tuple[str, str], Share] = field(default_factory=dict)
+    #: Body bytes of finished requests for which no file work was seen, by (reason of `GAPS`, "write" or "read").
+    gap_bytes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    #: Reasons of `GAPS` that a target was seen to have, whether or not a request went that way.
+    coverage_gaps: Collection[str] = ()
     capabilities: Mapping[str, int] = field(default_factory=dict)
     target_processes: int = 0
     targets_up: int = 0
@@ -201,6 +222,13 @@ class HealthSnapshot:
     def backlog(self) -> int | None:
         """Requests in flight and connections not yet accepted, where the latter are known."""
         return None if self.accept_queue is None else self.in_flight + self.accept_queue
+
+    @property
+    def gaps(self) -> dict[str, int]:
+        """The coverage gaps that there are, with the bytes of both directions that went through them."""
+        counted = [(reason, size) for (reason, _), size in dict(self.gap_bytes).items() if size]
+        found = {*self.coverage_gaps, *(reason for reason, _ in counted)}
+        return {reason: sum(size for each, size in counted if each == reason) for reason in GAPS if reason in found}
 
 
 Values = Mapping[tuple[str, ...], float]
@@ -225,6 +253,15 @@ def _by_name(counts: Mapping[str, int]) -> Values:
     return {(name,): count for name, count in counts.items()}
 
 
+def _from_zero(names: Collection[str], counts: Mapping[str, int]) -> Values:
+    return _by_name(dict.fromkeys(names, 0) | dict(counts))
+
+
+def _work(now: HealthSnapshot, value: Callable[[Share], float]) -> Values:
+    found = {key: value(share) for key, share in dict(now.attributed).items()}
+    return {(label, kind): number for (label, kind), number in (dict.fromkeys(WORK, 0.0) | found).items()}
+
+
 HEALTH = (
     HealthMetric(
         "bucketprobe_build_info",
@@ -246,10 +283,59 @@ HEALTH = (
         "counter",
         ("outcome",),
         "Requests that ended, by how they ended.",
-        lambda now: _by_name(dict.fromkeys(OUTCOMES, 0) | dict(now.finished)),
+        lambda now: _from_zero(OUTCOMES, now.finished),
     ),
     HealthMetric("bucketprobe_requests_in_flight", "gauge", (), "Requests begun and not yet ended.", lambda now: _one(now.in_flight)),
     HealthMetric("bucketprobe_records_total", "counter", (), "Request records assembled in user space.", lambda now: _one(now.records)),
+    HealthMetric(
+        "bucketprobe_requests_labelled_total",
+        "counter",
+        ("label",),
+        "Finished requests on artifacts, by the weakest label of their file work.",
+        lambda now: _from_zero(LABELS, now.labelled),
+    ),
+    HealthMetric(
+        "bucketprobe_evidence_total",
+        "counter",
+        ("evidence",),
+        "Finished requests on artifacts in which this evidence decided part of the file work; one may count in several.",
+        lambda now: _from_zero(EVIDENCE, now.evidence),
+    ),
+    HealthMetric(
+        "bucketprobe_attributed_bytes_total",
+        "counter",
+        ("label", "kind"),
+        "Bytes that file calls moved on storage and on metadata, by label; unattributed is what was tied to no request.",
+        lambda now: _work(now, lambda share: share.bytes),
+    ),
+    HealthMetric(
+        "bucketprobe_attributed_seconds_total",
+        "counter",
+        ("label", "kind"),
+        "Time in file calls on storage and on metadata, by label; unattributed is what was tied to no request.",
+        lambda now: _work(now, lambda share: share.ns / 1e9),
+    ),
+    HealthMetric(
+        "bucketprobe_coverage_gap",
+        "gauge",
+        ("reason",),
+        "1 where a target does, or its bytes show, what the probes cannot see.",
+        lambda now: _by_name({reason: int(reason in now.gaps) for reason in GAPS}),
+    ),
+    HealthMetric(
+        "bucketprobe_coverage_gap_bytes_total",
+        "counter",
+        ("reason", "direction"),
+        "Body bytes of successful requests for which no file work was seen, by why: received by writes, sent by reads.",
+        lambda now: {(reason, way): size for (reason, way), size in (dict.fromkeys(GAP_BYTES, 0) | dict(now.gap_bytes)).items()},
+    ),
+    HealthMetric(
+        "bucketprobe_limited_total",
+        "counter",
+        ("limited_by",),
+        "Finished requests on artifacts, by what took most of their time.",
+        lambda now: _from_zero(LIMITS, now.limited_by),
+    ),
     HealthMetric(
         "bucketprobe_lost_total",
         "counter",
@@ -262,7 +348,7 @@ HEALTH = (
         "counter",
         ("kind",),
         "Events read from the ring buffer.",
-        lambda now: _by_name(dict.fromkeys(EVENT_KINDS, 0) | dict(now.events)),
+        lambda now: _from_zero(EVENT_KINDS, now.events),
     ),
     HealthMetric(
         "bucketprobe_series_overflow_total",

@@ -13,12 +13,13 @@ import platform
 import struct
 import subprocess
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from bucketprobe import bpf, privileges, program, target
-from bucketprobe.config import Settings
+from bucketprobe import bpf, capture, privileges, program, target
+from bucketprobe.config import DELETED, FileClasses, Settings
 from bucketprobe.errors import BucketprobeError
 
 Status = Literal["ok", "reduced", "missing"]
@@ -98,14 +99,26 @@ def _run(command: list[str]) -> tuple[int, str]:
     return done.returncode, done.stdout.strip()
 
 
+def _ask_agent(run_dir: str) -> Mapping[str, Any] | None:
+    try:
+        return capture.status(Path(run_dir))
+    except BucketprobeError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The host as the checks see it, for tests to replace. `run`: executes a command, gives its exit code and output."""
+    """The host as the checks see it, for tests to replace.
+
+    `run` executes a command and gives its exit code and output; `ask` gives what the agent with this run directory says of
+    itself, None where none answers.
+    """
 
     proc: str = "/proc"
     sys: str = "/sys"
     machine: str = field(default_factory=platform.machine)
     run: Callable[[list[str]], tuple[int, str]] = _run
+    ask: Callable[[str], Mapping[str, Any] | None] = _ask_agent
 
     def text(self, path: str) -> str | None:
         """A small file's text, None if it cannot be read."""
@@ -122,13 +135,28 @@ class _Subject:
     host: Host
     #: The kernel's BTF; empty if there is none.
     btf: bytes
+    #: What the running agent says of itself, None if there is none to ask.
+    agent: Mapping[str, Any] | None
+    #: The processes that the settings name.
+    found: tuple[target.Found, ...]
+
+    def live(self) -> Iterator[tuple[int, str]]:
+        """Each target that runs now, by id and name; where the settings name none, those of the running agent."""
+        if not self.settings.target.empty:
+            yield from ((item.tgid, item.comm) for item in self.found)
+        elif self.agent is not None:
+            for tgid in self.agent.get("processes", {}):
+                comm = self.host.text(f"{self.host.proc}/{tgid}/comm")
+                if comm is not None:
+                    yield int(tgid), comm
 
 
 def run(settings: Settings, host: Host | None = None) -> Report:
     """Makes every check. Needs no privilege; without it, most checks report that it is missing."""
     bpf.raise_memlock_limit()
     host = host or Host()
-    subject = _Subject(settings, host, _btf(host))
+    found = () if settings.target.empty else tuple(target.find(settings.target, proc=host.proc))
+    subject = _Subject(settings, host, _btf(host), host.ask(settings.run_dir), found)
     about_host = (_kernel(subject), _architecture(subject))
     if about_host[-1].status != "ok":
         # Not even the number of bpf(2) is known there.
@@ -418,7 +446,7 @@ def _target(subject: _Subject) -> Check | None:
     spec = subject.settings.target
     if spec.empty:
         return None
-    found = target.find(spec, proc=subject.host.proc)
+    found = subject.found
     if not found:
         seen = "no process fits now" if _is_root() else "no process fits of those that this user may look at"
         return Check("target", "reduced", seen, "nothing is seen until one does", "start the service; the agent waits")
@@ -440,12 +468,124 @@ def _storage(subject: _Subject) -> Check | None:
         cost = "file work is counted as `other`, and the storage phases stay empty"
         return Check("storage roots", "reduced", "none given", cost, "name the store's directories with --storage-root")
     # A target in a container has its own view of the file system.
-    views = ["", *(f"{proc}/{item.tgid}/root" for item in target.find(settings.target, proc=proc))]
+    views = ["", *(f"{proc}/{item.tgid}/root" for item in subject.found)]
     lacking = [root for root in settings.storage.roots if not any(os.path.isdir(view + root) for view in views)]
     if not lacking:
         return Check("storage roots", "ok", ", ".join(settings.storage.roots))
     found = f"no directory {', '.join(lacking)}"
     return Check("storage roots", "reduced", found, "file work elsewhere is not counted as storage", "correct --storage-root, or create it")
+
+
+# What no probe sees, at the targets that run now: docs/attribution.md.
+
+
+def _seen_at(subject: _Subject, look: Callable[[str], list[str]]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """What `look` finds in /proc of each live target, by the target's name; and the targets that may not be looked into."""
+    seen, closed = [], []
+    for tgid, comm in subject.live():
+        try:
+            things = look(f"{subject.host.proc}/{tgid}")
+        except PermissionError:
+            closed.append(f"{comm}[{tgid}]")
+        except OSError:
+            continue  # it has ended meanwhile
+        else:
+            if things:
+                seen.append((f"{comm}[{tgid}]", things))
+    return seen, closed
+
+
+def _gaps(subject: _Subject) -> Mapping[str, int] | None:
+    """The bytes that the running agent counts by each gap that it has seen; None where there is no agent to ask."""
+    return None if subject.agent is None else subject.agent.get("coverage_gaps")
+
+
+def _rings(process: str) -> list[str]:
+    links = []
+    for fd in os.listdir(f"{process}/fd"):
+        try:
+            links.append(os.readlink(f"{process}/fd/{fd}"))
+        except FileNotFoundError:
+            continue  # closed since it was listed
+    return [link for link in links if link == "anon_inode:[io_uring]"]
+
+
+def _io_uring(subject: _Subject) -> Check | None:
+    if not any(subject.live()):
+        return None
+    name = "io_uring"
+    cost = "storage time and file counts lack that work; an event loop that uses its ring for epoll alone (uvloop) loses nothing"
+    seen, closed = _seen_at(subject, _rings)
+    if seen:
+        bodies = (_gaps(subject) or {}).get(name)
+        counted = f"; so far {bodies:,} bytes of bodies without file work" if bodies else ""
+        found = f"{_some([who for who, _ in seen])} has an io_uring ring: file work through it is not seen{counted}"
+        remedy = "have the service use plain file calls where it lets one choose (libuv: UV_USE_IO_URING=0)"
+        return Check(name, "reduced", found, cost, remedy)
+    return _not_looked_into(name, closed, cost) or Check(name, "ok", "no target has a ring")
+
+
+def _mappings(subject: _Subject) -> Check | None:
+    storage = subject.settings.storage
+    if not (storage.roots or storage.metadata) or not any(subject.live()):
+        return None
+    name, classes = "shared mappings", FileClasses(storage)
+    cost = "what is written through the mapping is not seen: storage time and file counts lack it"
+    seen, closed = _seen_at(subject, lambda process: [path for path in _mapped(process) if classes.classify(path) != "other"])
+    # The index of SQLite's log: what is stored goes to the log and the database by write.
+    telling = [(who, [path for path in paths if not path.removesuffix(DELETED).endswith("-shm")]) for who, paths in seen]
+    telling = [(who, paths) for who, paths in telling if paths]
+    if telling:
+        who, paths = telling[0]
+        more = f"; {_some([each for each, _ in telling[1:]])} too" if telling[1:] else ""
+        found = f"{who} has mapped {_some(paths)} to write to it{more}"
+        remedy = "have the store write by file calls where it lets one choose (LMDB: without MDB_WRITEMAP)"
+        return Check(name, "reduced", found, cost, remedy)
+    none = "only SQLite's -shm, which holds nothing that is stored" if seen else "no target has mapped a file of the store to write to it"
+    return _not_looked_into(name, closed, cost) or Check(name, "ok", none)
+
+
+def _mapped(process: str) -> list[str]:
+    """The files that the process has mapped shared and writable: proc_pid_maps(5)."""
+    with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        lines = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    return list(dict.fromkeys(fields[5] for fields in lines if len(fields) == 6 and fields[1][1] == "w" and fields[1][3] == "s"))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _not_looked_into(name: str, closed: list[str], cost: str) -> Check | None:
+    found = f"not known: {_some(closed)} may not be looked into by this user"
+    return Check(name, "reduced", found, f"where it is so, {cost}", AS_ROOT) if closed else None
+
+
+def _tls(subject: _Subject) -> Check | None:
+    gaps = _gaps(subject)
+    if gaps is None:
+        return None
+    if "tls" not in gaps:
+        return Check("TLS", "ok", "the running agent has seen none")
+    found = f"the running agent has seen it{_so_far(gaps['tls'])}"
+    cost = "heads and lengths are encrypted: the requests in it are not seen"
+    return Check("TLS", "reduced", found, cost, "observe the service behind what ends TLS, on a port without it")
+
+
+def _unseen(subject: _Subject) -> Check | None:
+    name, gaps = "bodies on disk", _gaps(subject)
+    if gaps is None:
+        return None
+    if "unseen" not in gaps:
+        return Check(name, "ok", "the running agent has seen none without file work")
+    found = f"the running agent has seen bodies without any file work{_so_far(gaps['unseen'])}"
+    cost = "their storage phases are absent: they are in memory only, or are written or read where no probe looks"
+    remedy = "name every directory of the store with --storage-root, and the process that writes there as a target"
+    return Check(name, "reduced", found, cost, remedy)
+
+
+def _so_far(size: int) -> str:
+    return f", {size:,} bytes so far" if size else ""
 
 
 CHECKS: tuple[Callable[[_Subject], Check | None], ...] = (
@@ -467,4 +607,8 @@ CHECKS: tuple[Callable[[_Subject], Check | None], ...] = (
     _user,
     _target,
     _storage,
+    _io_uring,
+    _mappings,
+    _tls,
+    _unseen,
 )

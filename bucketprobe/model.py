@@ -42,10 +42,41 @@ Outcome = Literal["complete", "client_closed", "server_closed", "unobserved"]
 OUTCOMES: tuple[Outcome, ...] = ("complete", "client_closed", "server_closed", "unobserved")
 
 #: Why the agent's tracker may have to do without something: see tracker.py.
-TRACKER_LOSSES = ("evicted", "partial_head", "malformed_head", "late_file", "no_head", "unnamed_path", "evicted_file", "evicted_untied")
+TRACKER_LOSSES = (
+    "evicted",
+    "partial_head",
+    "malformed_head",
+    "late_file",
+    "no_head",
+    "unnamed_path",
+    "evicted_file",
+    "evicted_untied",
+    "evicted_work",
+)
 
 Label = Literal["exact", "inferred", "shared", "unattributed"]
 LABELS: tuple[Label, ...] = ("exact", "inferred", "shared", "unattributed")
+
+#: What ties file work to a request, the strongest first. docs/attribution.md has the meaning of each.
+EVIDENCE = (
+    "same_call",  # one system call moved bytes between the file and the request's socket (sendfile)
+    "thread",  # the thread that did it served only this request then
+    "goroutine",  # Go's g
+    "context",  # CPython's task context
+    "descriptor",  # the file had been the request's all the time
+    "last_socket",  # the socket that the thread used last
+    "path",  # the request's artifact, version or digest, or its URL's path, in the file's path
+    "bytes",  # as many bytes as the request's body, after them and before the response
+    "fingerprint",  # the same first bytes, by a keyed hash
+    "token",  # the request's digest or names in a small write
+    "continuity",  # the thread's work just before was this request's
+    "window",  # no other request was in flight
+    "order",  # the oldest of several that fit: a guess, and shared
+)
+
+#: Why file work may be out of sight. See docs/attribution.md.
+GAPS = ("io_uring", "mmap", "tls", "unseen")
+Limit = Literal["client", "server", "storage"]
 
 #: What a request did, from its route: an artifact written or read, its metadata or its list of versions read.
 #: `other` is any other HTTP request, `unknown` one whose head was not seen.
@@ -78,16 +109,29 @@ class FileWork:
 
 
 @dataclass(slots=True)
+class Share:
+    """File work on storage and metadata that carries one label: bytes written and read, and time in the calls, ns."""
+
+    bytes: int = 0
+    ns: int = 0
+
+
+@dataclass(slots=True)
 class Attribution:
     """How file work was tied to the request.
 
-    `unattributed_bytes`: bytes of storage work in the same process, within the request's life, that could be tied to no
-    request at all. It is what this request may own without being shown as its own: 0 says that nothing was left over.
+    `label`: the weakest of all its file work; what is weaker than exact may be another's. `evidence`: what decided, the names
+    of `EVIDENCE`. `candidates`: where work is shared, the ids of all requests whose it may be, this one among them.
+    `by_label`: how much of the work carries which label. `unattributed_bytes`: bytes of storage work in any target process,
+    within the request's life, that could be tied to no request at all. It is what this request may own without being shown
+    as its own: 0 says that nothing was left over.
     """
 
     label: Label
     evidence: tuple[str, ...] = ()
     unattributed_bytes: int = 0
+    candidates: tuple[str, ...] = ()
+    by_label: Mapping[Label, Share] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -97,6 +141,11 @@ class Request:
     `phases` do not overlap and sum to the duration; `phase_totals` are each phase's own time and may overlap. Both in
     ns, with only the phases that occurred (a missing one was not seen or took no time). `queue_stages`: the `queue`
     phase by stage (`accept`, `read`), in ns.
+
+    `client_wait_ns`: how long the request was not there whole and its socket was empty: the client had not sent yet.
+    `server_wait_ns`: how long bytes of it lay unread while no read was under way. `limited_by`: which of the two ends, or the
+    storage, took most of its time. All three None where the kernel does not tell when bytes come.
+    `coverage_gaps`: why file work of this request may not have been seen, from `GAPS`.
     """
 
     id: str
@@ -123,6 +172,10 @@ class Request:
     metadata_files: FileWork = field(default_factory=FileWork)
     other_files: FileWork = field(default_factory=FileWork)
     attribution: Attribution = field(default_factory=lambda: Attribution("unattributed"))
+    client_wait_ns: int | None = None
+    server_wait_ns: int | None = None
+    limited_by: Limit | None = None
+    coverage_gaps: tuple[str, ...] = ()
     #: Events about this request that the ring had no room for: its counts are lower bounds where this is not 0.
     lost_events: int = 0
 
@@ -154,6 +207,9 @@ class Request:
             "phases": {name: ns / 1e6 for name, ns in self.phases.items()},
             "phase_totals": {name: ns / 1e6 for name, ns in self.phase_totals.items()},
             "queue_stages": {name: ns / 1e6 for name, ns in self.queue_stages.items()},
+            "client_wait_ms": _milliseconds(self.client_wait_ns),
+            "server_wait_ms": _milliseconds(self.server_wait_ns),
+            "limited_by": self.limited_by,
             "files": self.files.record(),
             "metadata_files": self.metadata_files.record(),
             "other_files": self.other_files.record(),
@@ -161,9 +217,18 @@ class Request:
                 "label": self.attribution.label,
                 "evidence": list(self.attribution.evidence),
                 "unattributed_bytes": self.attribution.unattributed_bytes,
+                "candidates": list(self.attribution.candidates),
+                "by_label": {
+                    label: {"bytes": share.bytes, "ms": share.ns / 1e6} for label, share in self.attribution.by_label.items()
+                },
             },
+            "coverage_gaps": list(self.coverage_gaps),
             "lost_events": self.lost_events,
         }
+
+
+def _milliseconds(ns: int | None) -> float | None:
+    return None if ns is None else ns / 1e6
 
 
 def wall_text(wall_ns: int) -> str:

@@ -16,6 +16,9 @@
 #define TCP_LISTEN 10
 #define METHOD_HEAD 1
 #define METHOD_CONNECT 2
+#define EAGAIN 11
+#define TLS_HANDSHAKE 22 /* RFC 8446, 5.1: the first record's type, and the first byte of its version */
+#define TLS_MAJOR 3
 #define MSG_PEEK 2
 #define MSG_ERRQUEUE 0x2000
 
@@ -50,7 +53,7 @@ INLINE struct conn *conn_of(struct thread *t, __u32 tgid)
 	__u64 sk = t->object, key = fd_key(tgid, t->a0);
 	struct conn *c = map_lookup(MAP(CONNS), &sk);
 	__u32 port, family, state;
-	struct fd *f;
+	struct bp_fd_entry *f;
 
 	if (c)
 		return c;
@@ -98,6 +101,15 @@ INLINE void slot_free(struct slot *s)
 	s->wait_rx_ns = 0;
 	s->wait_tx_ns = 0;
 	s->runqueue_ns = 0;
+	s->received_ns = 0;
+	s->answered_ns = 0;
+	s->client_ns = 0;
+	s->client_out_ns = 0;
+	s->server_ns = 0;
+	s->print = 0;
+	s->printed = 0;
+	s->file = 0;
+	s->reader = 0;
 	s->bytes_in = 0;
 	s->recv_calls = 0;
 	s->send_calls = 0;
@@ -210,6 +222,33 @@ INLINE __u64 locate(struct scratch *x, __u64 *left)
 	return 0;
 }
 
+/*
+ * A read ended: what the request waited for since the one before it. While the queue was empty the client had not sent yet; from
+ * when bytes came until the read began they lay unread.
+ */
+INLINE void waited(struct conn *c, struct slot *s, struct thread *t, int first)
+{
+	__u64 since = c->read_ns, filled = c->filled_ns, enter = t->enter_ns, exit = t->exit_ns;
+
+	if (first) {
+		if (s->flags & RF_QUEUE_SEEN && enter > s->start_ns)
+			s->server_ns += enter - s->start_ns;
+	} else if (s->rid && !s->rx_complete) {
+		if (enter < since)
+			enter = since;
+		if (c->empty || filled > exit)
+			filled = exit; /* nobody said that bytes came: they came in this call */
+		else if (filled < since)
+			filled = since; /* the read before left some */
+		s->client_ns += filled - since;
+		s->client_out_ns += (filled < enter ? filled : enter) - since;
+		if (enter > filled)
+			s->server_ns += enter - filled;
+	}
+	c->read_ns = exit;
+	c->empty = kernel_half(t->object + OFF_TCP_RCV_NXT) == kernel_half(t->object + OFF_TCP_COPIED);
+}
+
 /* read, recv and their families, on a socket; splice from one */
 int on_receive(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -233,6 +272,7 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 		if (s->begun && !s->rx_complete) {
 			s->recv_ns += t->took;
 			s->recv_calls++;
+			waited(c, s, t, 0);
 		}
 		return 0;
 	}
@@ -244,6 +284,7 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 	first = !s->rid && c->dir[0].mode == HTTP1_HEAD;
 	if (first)
 		slot_open(c, s, t->enter_ns, t->exit_ns);
+	waited(c, s, t, first);
 	if (s->rid) {
 		__u64 took = t->exit_ns - s->start_ns;
 
@@ -262,12 +303,27 @@ int on_receive(struct bpf_raw_tracepoint_args *ctx)
 		bind(t, t->object, c, s);
 	if (c->dir[0].mode == HTTP1_LOST)
 		return 0;
-	if (c->dir[0].mode == HTTP1_BODY && c->dir[0].left > ret) {
+	if (c->dir[0].mode == HTTP1_BODY && c->dir[0].left > ret && c->printed[0] >= PRINT_BYTES) {
 		http1_skip(&c->dir[0], ret);
 		return 0;
 	}
 	cursor(x, t, 0, ret);
-	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	tail_call(ctx, MAP(HANDLERS), c->dir[0].mode == HTTP1_BODY ? H_BODY : H_FRAME);
+	return 0;
+}
+
+/* The kernel took less than it was given: there was no room for more. */
+INLINE int cut_short(struct thread *t, long taken)
+{
+	__u32 nr = t->nr;
+	struct vector only = {};
+
+	if (nr == NR_write || nr == NR_sendto)
+		return taken < (long)t->a2;
+	if (nr == NR_sendfile)
+		return taken < (long)t->a3;
+	if (nr == NR_writev && t->a2 == 1 && !read_user(&only, sizeof(only), (void *)t->a1))
+		return taken < (long)only.length;
 	return 0;
 }
 
@@ -283,8 +339,10 @@ int on_send(struct bpf_raw_tracepoint_args *ctx)
 	if (!t || !x)
 		return 0;
 	c = conn_of(t, pid_tgid() >> 32);
-	if (!c)
+	if (!c) {
+		work_flush(t); /* a pool's thread tells by a socket of the loop's that a piece of work is done */
 		return 0;
+	}
 	if (t->nr == NR_sendmmsg) {
 		lose(c, 1, ST_CALL_UNSUPPORTED);
 		return 0;
@@ -298,17 +356,20 @@ int on_send(struct bpf_raw_tracepoint_args *ctx)
 	bind(t, t->object, c, s);
 	s->send_calls++;
 	s->send_ns += t->took;
+	if (c->full_ns && c->full_ns < t->enter_ns)
+		s->wait_tx_ns += t->enter_ns - c->full_ns;
+	c->full_ns = ret == -EAGAIN || (ret > 0 && cut_short(t, ret)) ? t->exit_ns : 0;
 	if (ret <= 0)
 		return 0;
 	c->last_tx_ns = t->exit_ns;
 	if (c->dir[1].mode == HTTP1_LOST)
 		return 0;
-	if ((c->dir[1].mode == HTTP1_BODY && c->dir[1].left > ret) || c->dir[1].mode == HTTP1_UNTIL_CLOSE) {
+	if ((c->dir[1].mode == HTTP1_BODY && c->dir[1].left > ret && c->printed[1] >= PRINT_BYTES) || c->dir[1].mode == HTTP1_UNTIL_CLOSE) {
 		http1_skip(&c->dir[1], ret);
 		return 0;
 	}
 	cursor(x, t, 1, ret);
-	tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	tail_call(ctx, MAP(HANDLERS), c->dir[1].mode == HTTP1_BODY ? H_BODY : H_FRAME);
 	return 0;
 }
 
@@ -325,7 +386,7 @@ int on_accept(struct bpf_raw_tracepoint_args *ctx)
 	if (!file)
 		return 0;
 	sk = kernel_word(kernel_word(file + OFF_FILE_PRIVATE) + OFF_SOCKET_SK);
-	fd_set(tgid, ret, sk, FD_SOCKET, 0);
+	fd_set(tgid, ret, sk, FD_SOCKET, 0, 0);
 	family = kernel_short(sk + OFF_SOCK_FAMILY);
 	if (family != AF_INET && family != AF_INET6)
 		return 0;
@@ -342,7 +403,7 @@ int on_accept(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* poll, select, epoll: a thread that waits while its request's body, or room for the response, is to come */
+/* poll, select, epoll: a thread that waits while its request's body is to come */
 int on_wait(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct thread *t = thread();
@@ -359,18 +420,48 @@ int on_wait(struct bpf_raw_tracepoint_args *ctx)
 	if (s->rid != t->rid || !s->rid)
 		return 0;
 	took = ktime_ns() - t->enter_ns;
-	if (!s->rx_complete)
+	if (!s->rx_complete && !t->loop)
 		s->wait_rx_ns += took;
-	else if (c->dir[1].head)
-		s->wait_tx_ns += took;
 	return 0;
 }
 
+/* The fingerprint of a body's next bytes at the cursor, while it is not of enough. */
+INLINE void print_body(struct scratch *x, struct conn *c, __u32 dir)
+{
+	__u64 left, address, all = x->total - x->offset;
+
+	if (c->printed[dir] >= PRINT_BYTES)
+		return;
+	if (all > c->dir[dir].left && c->dir[dir].mode != HTTP1_UNTIL_CLOSE)
+		all = c->dir[dir].left;
+	address = locate(x, &left);
+	if (left > all)
+		left = all;
+	print_add(&c->print[dir], &c->printed[dir], address, left);
+	if (c->printed[dir] < PRINT_BYTES && left < all)
+		c->printed[dir] = PRINT_UNKNOWN; /* it goes on in the call's next vector */
+}
+
 /* A request's body is complete, or it has none. */
-INLINE void received(struct conn *c, struct slot *s)
+INLINE void received(struct conn *c, struct slot *s, __u64 now)
 {
 	s->bytes_in = c->dir[0].entity;
 	s->rx_complete = 1;
+	s->received_ns = now;
+	s->print = c->print[0];
+	s->printed = c->printed[0];
+	if (s->bytes_in) {
+		struct bp_body_event e = {};
+
+		e.h.kind = EV_BODY;
+		e.h.tgid = c->tgid;
+		e.h.ts = now;
+		e.h.rid = s->rid;
+		e.bytes = s->bytes_in;
+		e.print = s->print;
+		e.printed = s->printed;
+		emit(&e, sizeof(e), ST_RING_BODY);
+	}
 	c->ready_ns = 0; /* bytes of this one that came while its slot was being opened, on another CPU */
 	http1_next(&c->dir[0]);
 	c->rx_seq++;
@@ -384,7 +475,7 @@ INLINE void received(struct conn *c, struct slot *s)
 int on_frame(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct scratch *x = scratch();
-	__u32 dir, n, used = 0, met, first_line;
+	__u32 dir, n, used = 0, met, first_line, tls;
 	__u64 address, left, sk;
 	struct thread *t;
 	struct conn *c;
@@ -402,16 +493,12 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	d = &c->dir[dir];
 	if (d->mode == HTTP1_LOST)
 		return 0;
-	if (d->mode == HTTP1_BODY || d->mode == HTTP1_UNTIL_CLOSE) {
-		x->offset += http1_skip(d, x->total - x->offset);
-		if (d->mode == HTTP1_UNTIL_CLOSE || d->left)
-			return 0;
-		goto complete;
-	}
 	if (d->mode != HTTP1_HEAD) {
-		tail_call(ctx, MAP(HANDLERS), H_CHUNK);
+		tail_call(ctx, MAP(HANDLERS), d->mode == HTTP1_BODY || d->mode == HTTP1_UNTIL_CLOSE ? H_BODY : H_CHUNK);
+		lose(c, dir, ST_HEAD_UNREADABLE);
 		return 0;
 	}
+	t = thread();
 	s = dir ? answering(c) : receiving(c);
 	if (!dir && !s->rid)
 		slot_open(c, s, x->enter_ns, x->now);
@@ -431,6 +518,7 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	result = ((volatile struct http1_step *)&x->step)->result;
 	used = ((volatile struct http1_step *)&x->step)->used;
 	x->offset += used;
+	tls = !dir && d->head == used && x->head.bytes[0] == TLS_HANDSHAKE && x->head.bytes[1] == TLS_MAJOR;
 	/* On a connection that was met in the middle this may be the rest of a body, until a whole request line says otherwise. */
 	met = !dir && c->flags & RF_OLD && !c->rx_seq && !s->begun;
 	first_line = d->state < HTTP1_NAME || d->state == HTTP1_SECOND;
@@ -438,6 +526,8 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 		wipe(x);
 		if (!dir)
 			slot_free(s);
+		if (tls)
+			stat_add(ST_TLS, 1);
 		if (met) {
 			http1_next(d); /* look again at the next read */
 			return 0;
@@ -465,6 +555,9 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 		e->h.ts = x->now;
 		e->h.rid = s->rid;
 		e->conn = c->id;
+		e->key = t ? t->key : 0;
+		e->tid = pid_tgid();
+		e->lost_files = config(CFG_LOST_FILES);
 		e->last = result == HTTP1_DONE;
 		e->status = d->status;
 		BOUND(size, 2 * HEAD_BYTES - 1);
@@ -474,13 +567,15 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 	if (result != HTTP1_DONE)
 		goto more;
 	wipe(x);
+	c->printed[dir] = 0;
+	c->print[dir] = 0;
 	if (!dir) {
 		s->begun = 1;
+		s->reader = pid_tgid();
 		s->method = d->first == HTTP1_METHOD_HEAD ? METHOD_HEAD : d->first == HTTP1_METHOD_CONNECT ? METHOD_CONNECT : 0;
 		if (c->rx_seq != c->tx_seq)
 			s->flags |= RF_PIPELINED;
 		stat_add(ST_BEGUN, 1);
-		t = thread();
 		front = current(c);
 		if (t && front)
 			bind(t, sk, c, front);
@@ -498,12 +593,13 @@ int on_frame(struct bpf_raw_tracepoint_args *ctx)
 		c->dir[0].mode = HTTP1_LOST;
 		goto finish;
 	}
+	if (dir)
+		s->answered_ns = x->enter_ns;
 	if (http1_body(d, dir && s->method == METHOD_HEAD))
 		goto more;
-complete:
 	if (dir)
 		goto finish;
-	received(c, receiving(c));
+	received(c, receiving(c), x->now);
 more:
 	if (x->offset >= x->total)
 		return 0;
@@ -514,6 +610,39 @@ more:
 finish:
 	tail_call(ctx, MAP(HANDLERS), H_FINISH);
 	lose(c, dir, ST_HEAD_UNREADABLE);
+	return 0;
+}
+
+/* A body's bytes, which are counted; the first of them leave their fingerprint. */
+int on_body(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct scratch *x = scratch();
+	struct conn *c;
+	struct http1 *d;
+	__u32 dir;
+	__u64 sk;
+
+	if (!x || x->offset >= x->total)
+		return 0;
+	sk = x->sk;
+	c = map_lookup(MAP(CONNS), &sk);
+	if (!c)
+		return 0;
+	dir = x->dir & 1;
+	d = &c->dir[dir];
+	print_body(x, c, dir);
+	x->offset += http1_skip(d, x->total - x->offset);
+	if (d->mode == HTTP1_UNTIL_CLOSE || d->left)
+		return 0;
+	if (dir) {
+		tail_call(ctx, MAP(HANDLERS), H_FINISH);
+	} else {
+		received(c, receiving(c), x->now);
+		if (x->offset >= x->total)
+			return 0;
+		tail_call(ctx, MAP(HANDLERS), H_FRAME);
+	}
+	lose(c, dir, ST_HEAD_UNREADABLE); /* the kernel allows 33 in a row */
 	return 0;
 }
 
@@ -541,8 +670,10 @@ int on_chunk(struct bpf_raw_tracepoint_args *ctx)
 		int result;
 		__u32 n;
 
-		if (d->mode == HTTP1_CHUNK_DATA)
+		if (d->mode == HTTP1_CHUNK_DATA) {
+			print_body(x, c, dir);
 			x->offset += http1_skip(d, x->total - x->offset);
+		}
 		if (x->offset >= x->total)
 			return 0;
 		address = locate(x, &left);
@@ -567,7 +698,7 @@ int on_chunk(struct bpf_raw_tracepoint_args *ctx)
 			if (dir) {
 				tail_call(ctx, MAP(HANDLERS), H_FINISH);
 			} else {
-				received(c, receiving(c));
+				received(c, receiving(c), x->now);
 				if (x->offset >= x->total)
 					return 0;
 				tail_call(ctx, MAP(HANDLERS), H_FRAME);
@@ -597,10 +728,14 @@ int on_finish(struct bpf_raw_tracepoint_args *ctx)
 	if (!c)
 		return 0;
 	s = answering(c);
-	if (t->rid == s->rid)
-		work_flush(t);
+	work_flush(t);
+	t->answered++;
+	if (s->file)
+		work_emit(t, s->file, s->rid, 0);
+	c->full_ns = 0;
 	end_emit(c, s, t, END_COMPLETE, x->now);
-	t->rid = 0;
+	if (t->rid == s->rid)
+		t->rid = 0;
 	s->ended = 1;
 	if (s->rx_complete)
 		slot_free(s);
@@ -642,6 +777,8 @@ INLINE void abandon(volatile struct conn *v)
 		s = answering(c);
 		if (!s->rid)
 			break;
+		if (s->file)
+			work_emit(t, s->file, s->rid, 0);
 		if (s->begun && !s->ended)
 			end_emit(c, s, t, v->outcome, v->end_ns);
 		if (v->outcome == END_COMPLETE)
@@ -734,6 +871,10 @@ INLINE void readable(struct conn *c)
 	c->last_ready_ns = ktime_ns();
 	if (!c->ready_ns && !receiving(c)->rid)
 		c->ready_ns = c->last_ready_ns;
+	if (c->empty) {
+		c->empty = 0;
+		c->filled_ns = c->last_ready_ns;
+	}
 }
 
 /* sock:sk_data_ready(sk): bytes became readable, in softirq */

@@ -3,8 +3,8 @@
 #include "probe.h"
 
 struct registers {
-	__u64 r10, r9, r8, ax, cx, dx, si, di, orig_ax;
-}; /* struct pt_regs from r10 on; its layout is part of the user ABI */
+	__u64 r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax;
+}; /* struct pt_regs from r14 on; its layout is part of the user ABI */
 
 /* The thread's entry with the call's number and arguments in it, made where there is none. 0: no room (counted). */
 INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr, struct registers *regs)
@@ -24,6 +24,8 @@ INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr,
 	t->a1 = regs->si;
 	t->a2 = regs->dx;
 	t->a3 = regs->r10;
+	t->a4 = regs->r8;
+	t->r14 = regs->r14;
 	t->nr = nr;
 	t->call = call;
 	t->entered = 1;
@@ -34,22 +36,25 @@ INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr,
 int sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 id = pid_tgid();
-	__u32 tgid = id >> 32, tid = id, nr = ctx->args[1];
+	__u32 tid = id, nr = ctx->args[1], target = is_target(id >> 32);
 	struct registers regs;
 	struct thread *t;
 	__u32 *call;
 	__u64 delay;
 
-	if (!is_target(tgid))
+	if (!target)
 		return 0;
 	call = map_lookup(MAP(CALLS), &nr);
 	if (!call || !*call)
 		return 0;
-	if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 7 * 8)))
+	if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 8)))
 		return 0;
 	t = entered(tid, map_lookup(MAP(THREADS), &tid), *call, nr, &regs);
 	if (!t)
 		return 0;
+	t->runtime = target >> 1;
+	if (t->runtime == RT_GO || t->runtime == RT_GO_CGO)
+		t->loop = 1; /* goroutines change threads as they like */
 	delay = run_delay();
 	if (t->rid)
 		t->runqueue_ns += delay - t->run_delay;
@@ -57,6 +62,21 @@ int sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	if (*call == H_CLOSE)
 		tail_call(ctx, MAP(HANDLERS), H_CLOSE); /* before the number can be used again */
 	return 0;
+}
+
+/* A call ended that closed a descriptor of a file. */
+INLINE void closed(struct thread *t)
+{
+	__u32 many = by_many(t, t->closing_many, t->closing);
+	__u64 gen = t->closing, actor = actor_of(t, many);
+	struct work *w = work_of(t, gen, actor, flags_of(t, many));
+
+	if (w)
+		w->other_ns += t->took;
+	if (actor)
+		work_emit(t, gen, 0, 0);
+	work_emit(t, gen, actor, t->closing_last);
+	t->closing = 0;
 }
 
 int sys_exit(struct bpf_raw_tracepoint_args *ctx)
@@ -75,7 +95,7 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		struct registers regs;
 		__u32 nr, *handler;
 
-		if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 7 * 8)))
+		if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 8)))
 			return 0;
 		nr = regs.orig_ax;
 		handler = map_lookup(MAP(CALLS), &nr);
@@ -95,32 +115,29 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	t->run_delay = delay;
 	t->exit_ns = ktime_ns();
 	t->took = t->exit_ns - t->enter_ns;
+	if (call != H_WAIT)
+		t->key = alone(t) ? 0 : task_key(t); /* what a thread does alone is its request's */
 	if (call == H_CLOSE) {
-		struct work *w;
-
-		if (!t->closing)
-			return 0;
-		w = work_of(t, t->closing);
-		if (w)
-			w->other_ns += t->took;
-		if (t->rid)
-			work_emit(t, t->closing, 0, 0);
-		work_emit(t, t->closing, t->rid, t->closing_last);
-		t->closing = 0;
+		if (t->closing)
+			closed(t);
 		return 0;
 	}
 	if (call <= H_ON_DESCRIPTOR) {
-		struct fd *f = fd_of(id >> 32, t->a0);
+		struct bp_fd_entry *f = fd_of(id >> 32, t->a0);
 
 		if (!f)
 			return 0;
 		t->kind = f->kind;
 		t->object = f->object;
+		t->many = f->many;
 		if (call != H_DUP) {
-			if (t->kind == FD_FILE)
+			if (t->kind == FD_FILE) {
 				call = H_FILE;
-			else if (t->kind != FD_SOCKET || call > H_SEND)
+			} else if (t->kind != FD_SOCKET || call > H_SEND) {
+				if (call == H_SEND)
+					work_flush(t); /* a pool's thread tells by a pipe or an eventfd that a piece of work is done */
 				return 0;
+			}
 		}
 	}
 	tail_call(ctx, MAP(HANDLERS), call);
@@ -130,6 +147,5 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 /* For the loader, which makes the maps: never run. */
 int size_thread(void *ctx) { return sizeof(struct thread); }
 int size_conn(void *ctx) { return sizeof(struct conn); }
-int size_fd(void *ctx) { return sizeof(struct fd); }
 int size_work(void *ctx) { return sizeof(struct work); }
 int size_scratch(void *ctx) { return sizeof(struct scratch); }

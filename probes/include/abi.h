@@ -5,6 +5,12 @@
 
 #define PATH_BYTES 1024
 #define HEAD_BYTES 256
+#define PRINT_BYTES 32
+#define PRINT_UNKNOWN 255
+#define TOKEN_BYTES 512
+#define TOKEN_WINDOW 6
+#define TOKEN_BITS 4096
+#define TOKEN_WRITE 4096
 
 enum { /* Kind */
 	EV_HEAD = 1,
@@ -14,6 +20,9 @@ enum { /* Kind */
 	EV_PATH = 5,
 	EV_PROCESS = 6,
 	EV_UNKNOWN_FD = 7,
+	EV_TOKENS = 8,
+	EV_BODY = 9,
+	EV_MAP = 10,
 };
 
 enum { /* Direction */
@@ -36,6 +45,22 @@ enum { /* RequestFlag */
 	RF_QUEUE_SEEN = 16,
 };
 
+enum { /* FileUse */
+	USE_ONE = 0,
+	USE_MANY = 1,
+	USE_READ = 2,
+};
+
+enum { /* FileFlag */
+	FF_RIDS = 1,
+	FF_TIDS = 2,
+	FF_SAME_CALL = 4,
+	FF_MANY = 8,
+	FF_CONTINUES = 16,
+	FF_KEYS = 64,
+	FF_ALONE = 32,
+};
+
 enum { /* PathCall */
 	PC_RENAME = 1,
 	PC_LINK = 2,
@@ -50,6 +75,14 @@ enum { /* ProcessChange */
 	PR_FORK = 2,
 	PR_EXEC = 3,
 	PR_EXIT = 4,
+	PR_URING = 5,
+};
+
+enum { /* Runtime */
+	RT_NONE = 0,
+	RT_GO = 1,
+	RT_GO_CGO = 2,
+	RT_CPYTHON = 3,
 };
 
 enum { /* FileKind */
@@ -73,6 +106,7 @@ enum { /* Stat */
 	ST_ACCEPTED = 10,
 	ST_QUEUED = 11,
 	ST_DEQUEUED = 12,
+	ST_URING = 13,
 	ST_RING_HEAD = 16,
 	ST_RING_END = 17,
 	ST_RING_FILE = 18,
@@ -93,6 +127,9 @@ enum { /* Stat */
 	ST_FD_UNRESOLVED = 33,
 	ST_CONNECTION_REPLACED = 34,
 	ST_PATH_CUT = 35,
+	ST_TLS = 36,
+	ST_RING_TOKENS = 37,
+	ST_RING_BODY = 38,
 };
 
 enum { /* Port */
@@ -103,6 +140,9 @@ enum { /* Port */
 enum { /* Config */
 	CFG_HEAD_BYTES = 0,
 	CFG_WATCH_EXEC = 1,
+	CFG_SECRET = 2,
+	CFG_SECRET_2 = 3,
+	CFG_LOST_FILES = 4,
 };
 
 enum { /* Handler */
@@ -123,6 +163,10 @@ enum { /* Handler */
 	H_FRAME = 13,
 	H_CHUNK = 14,
 	H_FINISH = 15,
+	H_TOKENS = 16,
+	H_BODY = 17,
+	H_MAP = 18,
+	H_URING = 19,
 };
 
 enum { /* maps */
@@ -132,12 +176,13 @@ enum { /* maps */
 	MAP_CALLS = 1003,
 	MAP_TARGETS = 1004,
 	MAP_CONFIG = 1005,
-	MAP_PORTS = 1006,
-	MAP_THREADS = 1007,
-	MAP_CONNS = 1008,
-	MAP_FDS = 1009,
-	MAP_WORK = 1010,
-	MAP_SCRATCH = 1011,
+	MAP_LAYOUTS = 1006,
+	MAP_PORTS = 1007,
+	MAP_THREADS = 1008,
+	MAP_CONNS = 1009,
+	MAP_FDS = 1010,
+	MAP_WORK = 1011,
+	MAP_SCRATCH = 1012,
 };
 
 #define NR_read 0
@@ -189,6 +234,9 @@ enum { /* maps */
 #define NR_dup2 33
 #define NR_dup3 292
 #define NR_fcntl 72
+#define NR_mmap 9
+#define NR_io_uring_setup 425
+#define NR_io_uring_enter 426
 #define NR_poll 7
 #define NR_select 23
 #define NR_epoll_wait 232
@@ -216,14 +264,20 @@ _Static_assert(__builtin_offsetof(struct bp_header, rid) == 16, "bp_header.rid")
 struct bp_head_event {
 	struct bp_header h;
 	__u64 conn;
+	__u64 key;
+	__u32 tid;
 	__u32 last;
 	__u32 status;
+	__u32 lost_files;
 };
-_Static_assert(sizeof(struct bp_head_event) == 40, "bp_head_event");
+_Static_assert(sizeof(struct bp_head_event) == 56, "bp_head_event");
 _Static_assert(__builtin_offsetof(struct bp_head_event, h) == 0, "bp_head_event.h");
 _Static_assert(__builtin_offsetof(struct bp_head_event, conn) == 24, "bp_head_event.conn");
-_Static_assert(__builtin_offsetof(struct bp_head_event, last) == 32, "bp_head_event.last");
-_Static_assert(__builtin_offsetof(struct bp_head_event, status) == 36, "bp_head_event.status");
+_Static_assert(__builtin_offsetof(struct bp_head_event, key) == 32, "bp_head_event.key");
+_Static_assert(__builtin_offsetof(struct bp_head_event, tid) == 40, "bp_head_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_head_event, last) == 44, "bp_head_event.last");
+_Static_assert(__builtin_offsetof(struct bp_head_event, status) == 48, "bp_head_event.status");
+_Static_assert(__builtin_offsetof(struct bp_head_event, lost_files) == 52, "bp_head_event.lost_files");
 
 struct bp_end_event {
 	struct bp_header h;
@@ -240,6 +294,16 @@ struct bp_end_event {
 	__u64 wait_rx_ns;
 	__u64 wait_tx_ns;
 	__u64 runqueue_ns;
+	__u64 received_ns;
+	__u64 answered_ns;
+	__u64 client_ns;
+	__u64 client_out_ns;
+	__u64 server_ns;
+	__u64 print_in;
+	__u64 print_out;
+	__u64 key;
+	__u32 printed_in;
+	__u32 printed_out;
 	__u32 sequence;
 	__u32 tid;
 	__u32 recv_calls;
@@ -248,8 +312,10 @@ struct bp_end_event {
 	__u32 flags;
 	__u32 lost;
 	__u32 framed;
+	__u32 lost_files;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct bp_end_event) == 160, "bp_end_event");
+_Static_assert(sizeof(struct bp_end_event) == 240, "bp_end_event");
 _Static_assert(__builtin_offsetof(struct bp_end_event, h) == 0, "bp_end_event.h");
 _Static_assert(__builtin_offsetof(struct bp_end_event, conn) == 24, "bp_end_event.conn");
 _Static_assert(__builtin_offsetof(struct bp_end_event, start_ns) == 32, "bp_end_event.start_ns");
@@ -264,34 +330,48 @@ _Static_assert(__builtin_offsetof(struct bp_end_event, send_ns) == 96, "bp_end_e
 _Static_assert(__builtin_offsetof(struct bp_end_event, wait_rx_ns) == 104, "bp_end_event.wait_rx_ns");
 _Static_assert(__builtin_offsetof(struct bp_end_event, wait_tx_ns) == 112, "bp_end_event.wait_tx_ns");
 _Static_assert(__builtin_offsetof(struct bp_end_event, runqueue_ns) == 120, "bp_end_event.runqueue_ns");
-_Static_assert(__builtin_offsetof(struct bp_end_event, sequence) == 128, "bp_end_event.sequence");
-_Static_assert(__builtin_offsetof(struct bp_end_event, tid) == 132, "bp_end_event.tid");
-_Static_assert(__builtin_offsetof(struct bp_end_event, recv_calls) == 136, "bp_end_event.recv_calls");
-_Static_assert(__builtin_offsetof(struct bp_end_event, send_calls) == 140, "bp_end_event.send_calls");
-_Static_assert(__builtin_offsetof(struct bp_end_event, status) == 144, "bp_end_event.status");
-_Static_assert(__builtin_offsetof(struct bp_end_event, flags) == 148, "bp_end_event.flags");
-_Static_assert(__builtin_offsetof(struct bp_end_event, lost) == 152, "bp_end_event.lost");
-_Static_assert(__builtin_offsetof(struct bp_end_event, framed) == 156, "bp_end_event.framed");
+_Static_assert(__builtin_offsetof(struct bp_end_event, received_ns) == 128, "bp_end_event.received_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, answered_ns) == 136, "bp_end_event.answered_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, client_ns) == 144, "bp_end_event.client_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, client_out_ns) == 152, "bp_end_event.client_out_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, server_ns) == 160, "bp_end_event.server_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, print_in) == 168, "bp_end_event.print_in");
+_Static_assert(__builtin_offsetof(struct bp_end_event, print_out) == 176, "bp_end_event.print_out");
+_Static_assert(__builtin_offsetof(struct bp_end_event, key) == 184, "bp_end_event.key");
+_Static_assert(__builtin_offsetof(struct bp_end_event, printed_in) == 192, "bp_end_event.printed_in");
+_Static_assert(__builtin_offsetof(struct bp_end_event, printed_out) == 196, "bp_end_event.printed_out");
+_Static_assert(__builtin_offsetof(struct bp_end_event, sequence) == 200, "bp_end_event.sequence");
+_Static_assert(__builtin_offsetof(struct bp_end_event, tid) == 204, "bp_end_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_end_event, recv_calls) == 208, "bp_end_event.recv_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, send_calls) == 212, "bp_end_event.send_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, status) == 216, "bp_end_event.status");
+_Static_assert(__builtin_offsetof(struct bp_end_event, flags) == 220, "bp_end_event.flags");
+_Static_assert(__builtin_offsetof(struct bp_end_event, lost) == 224, "bp_end_event.lost");
+_Static_assert(__builtin_offsetof(struct bp_end_event, framed) == 228, "bp_end_event.framed");
+_Static_assert(__builtin_offsetof(struct bp_end_event, lost_files) == 232, "bp_end_event.lost_files");
+_Static_assert(__builtin_offsetof(struct bp_end_event, pad) == 236, "bp_end_event.pad");
 
 struct bp_open_event {
 	struct bp_header h;
 	__u64 gen;
 	__u64 ns;
+	__u64 key;
+	__u64 dirgen;
 	__u32 tid;
 	__s32 fd;
 	__u32 flags;
 	__s32 dirfd;
-	__u64 dirgen;
 };
-_Static_assert(sizeof(struct bp_open_event) == 64, "bp_open_event");
+_Static_assert(sizeof(struct bp_open_event) == 72, "bp_open_event");
 _Static_assert(__builtin_offsetof(struct bp_open_event, h) == 0, "bp_open_event.h");
 _Static_assert(__builtin_offsetof(struct bp_open_event, gen) == 24, "bp_open_event.gen");
 _Static_assert(__builtin_offsetof(struct bp_open_event, ns) == 32, "bp_open_event.ns");
-_Static_assert(__builtin_offsetof(struct bp_open_event, tid) == 40, "bp_open_event.tid");
-_Static_assert(__builtin_offsetof(struct bp_open_event, fd) == 44, "bp_open_event.fd");
-_Static_assert(__builtin_offsetof(struct bp_open_event, flags) == 48, "bp_open_event.flags");
-_Static_assert(__builtin_offsetof(struct bp_open_event, dirfd) == 52, "bp_open_event.dirfd");
-_Static_assert(__builtin_offsetof(struct bp_open_event, dirgen) == 56, "bp_open_event.dirgen");
+_Static_assert(__builtin_offsetof(struct bp_open_event, key) == 40, "bp_open_event.key");
+_Static_assert(__builtin_offsetof(struct bp_open_event, dirgen) == 48, "bp_open_event.dirgen");
+_Static_assert(__builtin_offsetof(struct bp_open_event, tid) == 56, "bp_open_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_open_event, fd) == 60, "bp_open_event.fd");
+_Static_assert(__builtin_offsetof(struct bp_open_event, flags) == 64, "bp_open_event.flags");
+_Static_assert(__builtin_offsetof(struct bp_open_event, dirfd) == 68, "bp_open_event.dirfd");
 
 struct bp_file_event {
 	struct bp_header h;
@@ -304,12 +384,19 @@ struct bp_file_event {
 	__u64 other_ns;
 	__u64 first_ns;
 	__u64 last_ns;
+	__u64 data_ns;
+	__u64 key;
+	__u64 print;
+	__u32 printed;
+	__u32 flags;
+	__u32 tid;
 	__u32 write_calls;
 	__u32 read_calls;
 	__u32 syncs;
 	__u32 others;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct bp_file_event) == 112, "bp_file_event");
+_Static_assert(sizeof(struct bp_file_event) == 152, "bp_file_event");
 _Static_assert(__builtin_offsetof(struct bp_file_event, h) == 0, "bp_file_event.h");
 _Static_assert(__builtin_offsetof(struct bp_file_event, gen) == 24, "bp_file_event.gen");
 _Static_assert(__builtin_offsetof(struct bp_file_event, write_bytes) == 32, "bp_file_event.write_bytes");
@@ -320,30 +407,43 @@ _Static_assert(__builtin_offsetof(struct bp_file_event, sync_ns) == 64, "bp_file
 _Static_assert(__builtin_offsetof(struct bp_file_event, other_ns) == 72, "bp_file_event.other_ns");
 _Static_assert(__builtin_offsetof(struct bp_file_event, first_ns) == 80, "bp_file_event.first_ns");
 _Static_assert(__builtin_offsetof(struct bp_file_event, last_ns) == 88, "bp_file_event.last_ns");
-_Static_assert(__builtin_offsetof(struct bp_file_event, write_calls) == 96, "bp_file_event.write_calls");
-_Static_assert(__builtin_offsetof(struct bp_file_event, read_calls) == 100, "bp_file_event.read_calls");
-_Static_assert(__builtin_offsetof(struct bp_file_event, syncs) == 104, "bp_file_event.syncs");
-_Static_assert(__builtin_offsetof(struct bp_file_event, others) == 108, "bp_file_event.others");
+_Static_assert(__builtin_offsetof(struct bp_file_event, data_ns) == 96, "bp_file_event.data_ns");
+_Static_assert(__builtin_offsetof(struct bp_file_event, key) == 104, "bp_file_event.key");
+_Static_assert(__builtin_offsetof(struct bp_file_event, print) == 112, "bp_file_event.print");
+_Static_assert(__builtin_offsetof(struct bp_file_event, printed) == 120, "bp_file_event.printed");
+_Static_assert(__builtin_offsetof(struct bp_file_event, flags) == 124, "bp_file_event.flags");
+_Static_assert(__builtin_offsetof(struct bp_file_event, tid) == 128, "bp_file_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_file_event, write_calls) == 132, "bp_file_event.write_calls");
+_Static_assert(__builtin_offsetof(struct bp_file_event, read_calls) == 136, "bp_file_event.read_calls");
+_Static_assert(__builtin_offsetof(struct bp_file_event, syncs) == 140, "bp_file_event.syncs");
+_Static_assert(__builtin_offsetof(struct bp_file_event, others) == 144, "bp_file_event.others");
+_Static_assert(__builtin_offsetof(struct bp_file_event, pad) == 148, "bp_file_event.pad");
 
 struct bp_path_event {
 	struct bp_header h;
 	__u64 ns;
+	__u64 key;
+	__u64 dirgen;
+	__u64 dirgen2;
 	__u32 tid;
 	__u32 n2;
 	__s32 dirfd;
 	__s32 dirfd2;
-	__u64 dirgen;
-	__u64 dirgen2;
+	__u32 file_flags;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct bp_path_event) == 64, "bp_path_event");
+_Static_assert(sizeof(struct bp_path_event) == 80, "bp_path_event");
 _Static_assert(__builtin_offsetof(struct bp_path_event, h) == 0, "bp_path_event.h");
 _Static_assert(__builtin_offsetof(struct bp_path_event, ns) == 24, "bp_path_event.ns");
-_Static_assert(__builtin_offsetof(struct bp_path_event, tid) == 32, "bp_path_event.tid");
-_Static_assert(__builtin_offsetof(struct bp_path_event, n2) == 36, "bp_path_event.n2");
-_Static_assert(__builtin_offsetof(struct bp_path_event, dirfd) == 40, "bp_path_event.dirfd");
-_Static_assert(__builtin_offsetof(struct bp_path_event, dirfd2) == 44, "bp_path_event.dirfd2");
-_Static_assert(__builtin_offsetof(struct bp_path_event, dirgen) == 48, "bp_path_event.dirgen");
-_Static_assert(__builtin_offsetof(struct bp_path_event, dirgen2) == 56, "bp_path_event.dirgen2");
+_Static_assert(__builtin_offsetof(struct bp_path_event, key) == 32, "bp_path_event.key");
+_Static_assert(__builtin_offsetof(struct bp_path_event, dirgen) == 40, "bp_path_event.dirgen");
+_Static_assert(__builtin_offsetof(struct bp_path_event, dirgen2) == 48, "bp_path_event.dirgen2");
+_Static_assert(__builtin_offsetof(struct bp_path_event, tid) == 56, "bp_path_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_path_event, n2) == 60, "bp_path_event.n2");
+_Static_assert(__builtin_offsetof(struct bp_path_event, dirfd) == 64, "bp_path_event.dirfd");
+_Static_assert(__builtin_offsetof(struct bp_path_event, dirfd2) == 68, "bp_path_event.dirfd2");
+_Static_assert(__builtin_offsetof(struct bp_path_event, file_flags) == 72, "bp_path_event.file_flags");
+_Static_assert(__builtin_offsetof(struct bp_path_event, pad) == 76, "bp_path_event.pad");
 
 struct bp_process_event {
 	struct bp_header h;
@@ -366,5 +466,71 @@ _Static_assert(__builtin_offsetof(struct bp_unknown_fd_event, h) == 0, "bp_unkno
 _Static_assert(__builtin_offsetof(struct bp_unknown_fd_event, gen) == 24, "bp_unknown_fd_event.gen");
 _Static_assert(__builtin_offsetof(struct bp_unknown_fd_event, fd) == 32, "bp_unknown_fd_event.fd");
 _Static_assert(__builtin_offsetof(struct bp_unknown_fd_event, pad) == 36, "bp_unknown_fd_event.pad");
+
+struct bp_tokens_event {
+	struct bp_header h;
+	__u64 gen;
+	__u64 key;
+	__u32 tid;
+	__u32 size;
+};
+_Static_assert(sizeof(struct bp_tokens_event) == 48, "bp_tokens_event");
+_Static_assert(__builtin_offsetof(struct bp_tokens_event, h) == 0, "bp_tokens_event.h");
+_Static_assert(__builtin_offsetof(struct bp_tokens_event, gen) == 24, "bp_tokens_event.gen");
+_Static_assert(__builtin_offsetof(struct bp_tokens_event, key) == 32, "bp_tokens_event.key");
+_Static_assert(__builtin_offsetof(struct bp_tokens_event, tid) == 40, "bp_tokens_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_tokens_event, size) == 44, "bp_tokens_event.size");
+
+struct bp_body_event {
+	struct bp_header h;
+	__u64 print;
+	__u64 bytes;
+	__u32 printed;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct bp_body_event) == 48, "bp_body_event");
+_Static_assert(__builtin_offsetof(struct bp_body_event, h) == 0, "bp_body_event.h");
+_Static_assert(__builtin_offsetof(struct bp_body_event, print) == 24, "bp_body_event.print");
+_Static_assert(__builtin_offsetof(struct bp_body_event, bytes) == 32, "bp_body_event.bytes");
+_Static_assert(__builtin_offsetof(struct bp_body_event, printed) == 40, "bp_body_event.printed");
+_Static_assert(__builtin_offsetof(struct bp_body_event, pad) == 44, "bp_body_event.pad");
+
+struct bp_map_event {
+	struct bp_header h;
+	__u64 gen;
+	__u64 size;
+	__u32 prot;
+	__u32 flags;
+};
+_Static_assert(sizeof(struct bp_map_event) == 48, "bp_map_event");
+_Static_assert(__builtin_offsetof(struct bp_map_event, h) == 0, "bp_map_event.h");
+_Static_assert(__builtin_offsetof(struct bp_map_event, gen) == 24, "bp_map_event.gen");
+_Static_assert(__builtin_offsetof(struct bp_map_event, size) == 32, "bp_map_event.size");
+_Static_assert(__builtin_offsetof(struct bp_map_event, prot) == 40, "bp_map_event.prot");
+_Static_assert(__builtin_offsetof(struct bp_map_event, flags) == 44, "bp_map_event.flags");
+
+struct bp_fd_entry {
+	__u64 object;
+	__u32 kind;
+	__u8 not_served;
+	__u8 shared;
+	__u8 many;
+	__u8 pad;
+};
+_Static_assert(sizeof(struct bp_fd_entry) == 16, "bp_fd_entry");
+_Static_assert(__builtin_offsetof(struct bp_fd_entry, object) == 0, "bp_fd_entry.object");
+_Static_assert(__builtin_offsetof(struct bp_fd_entry, kind) == 8, "bp_fd_entry.kind");
+_Static_assert(__builtin_offsetof(struct bp_fd_entry, not_served) == 12, "bp_fd_entry.not_served");
+_Static_assert(__builtin_offsetof(struct bp_fd_entry, shared) == 13, "bp_fd_entry.shared");
+_Static_assert(__builtin_offsetof(struct bp_fd_entry, many) == 14, "bp_fd_entry.many");
+_Static_assert(__builtin_offsetof(struct bp_fd_entry, pad) == 15, "bp_fd_entry.pad");
+
+struct bp_layout_entry {
+	__u32 slot;
+	__u32 member;
+};
+_Static_assert(sizeof(struct bp_layout_entry) == 8, "bp_layout_entry");
+_Static_assert(__builtin_offsetof(struct bp_layout_entry, slot) == 0, "bp_layout_entry.slot");
+_Static_assert(__builtin_offsetof(struct bp_layout_entry, member) == 4, "bp_layout_entry.member");
 
 #endif

@@ -60,11 +60,17 @@ struct slot {
 	__u64 first_read_ns;
 	__u64 recv_ns, send_ns, wait_rx_ns, wait_tx_ns;
 	__u64 runqueue_ns; /* in the read that brought it */
+	__u64 received_ns, answered_ns;
+	__u64 client_ns, client_out_ns, server_ns; /* see bp_end_event */
 	__u64 bytes_in;
+	__u64 print; /* of its body */
+	__u64 file;  /* of which bytes go straight to its socket */
 	__u32 recv_calls, send_calls;
 	__u32 tid;  /* the last thread that used its socket */
 	__u32 lost; /* its events that the ring had no room for */
 	__u32 flags;
+	__u32 printed;
+	__u32 reader; /* the thread that received its head */
 	__u8 begun;       /* its head is complete */
 	__u8 rx_complete; /* its body is complete */
 	__u8 ended;       /* its response is complete before its body was */
@@ -78,10 +84,17 @@ struct conn {
 	__u64 ready_ns;      /* unread bytes of a next request since then; 0: none */
 	__u64 last_ready_ns; /* bytes last became readable */
 	__u64 last_tx_ns;
+	__u64 read_ns;   /* the last read ended then, */
+	__u64 filled_ns; /* and bytes came into the empty queue then */
+	__u64 full_ns;   /* there was no room for more of a response since then; 0: there is */
+	__u64 print[2];  /* of the bodies under way */
+	__u32 printed[2];
 	__u32 tgid;
 	__u32 rx_seq, tx_seq; /* requests received whole, answered whole */
 	__u16 flags;          /* RF_OLD */
 	__u8 reset, peer_fin;
+	__u8 empty; /* the last read left nothing unread */
+	__u8 pad[7];
 	__u32 outcome; /* while it is being ended: of its requests, */
 	__u64 end_ns;  /* and since when */
 	struct http1 dir[2];
@@ -91,17 +104,25 @@ struct conn {
 /* threads: key = tid; from a target thread's first watched call until its exit. */
 struct thread {
 	__u64 enter_ns, exit_ns, took; /* of the call, ns */
-	__u64 a0, a1, a2, a3;
+	__u64 a0, a1, a2, a3, a4;
+	__u64 r14;
+	__u64 key; /* of the task that called */
 	__u64 run_delay; /* its runqueue wait up to the last boundary, ns */
 	__u64 delayed;   /* ... within the call */
 	__u64 sk, rid;   /* the request that it works on */
 	__u64 runqueue_ns;
 	__u64 closing; /* generation of which this call closes a descriptor */
-	__u64 files[THREAD_FILES];
+	__u64 files[THREAD_FILES]; /* of which it sums by itself until its request ends */
 	__u32 nfiles;
 	__u32 closing_last; /* ... its only one */
+	__u32 closing_many;
 	__u32 lost;
-	__u32 pad;
+	__u32 runtime;
+	__u32 loop; /* it has had several unfinished requests at once */
+	__u32 mine; /* it received the request that it works on */
+	__u32 answered; /* requests that it answered */
+	__u32 talks;    /* it uses sockets of the service, or tells others by a socket or a pipe when it is done */
+	__u32 many; /* of the call's descriptor */
 	__u32 nr;
 	__u32 call;    /* the handler of the call */
 	__u32 entered; /* its exit is to come */
@@ -109,21 +130,22 @@ struct thread {
 	__u64 object;  /* behind it */
 };
 
-/* fds: key = tgid << 32 | fd; from open, accept, dup or first use until close. */
-struct fd {
-	__u64 object; /* FD_SOCKET: the socket; FD_FILE: the generation */
-	__u32 kind;
-	__u16 not_served; /* FD_SOCKET: no connection of the service */
-	__u16 shared;     /* FD_FILE: other descriptors name the same generation */
-};
+/* fds: key = tgid << 32 | fd, value = struct bp_fd_entry; from open, accept, dup or first use until close. */
 
-/* work: key = {gen, rid}; from a file's first call for a request until its close, the request's end, or a second if rid is 0. */
+/*
+ * work: key = {gen, actor}; from a file's first call until its close, the end of what it belongs to, or a second. The actor is
+ *  - the thread, where it has one request at a time, or the file is many requests': nobody else adds to such a sum;
+ *  - the request, where its socket and the file were in one call;
+ *  - 0 else: whoever uses the file, which is one request's then, and which one user space finds out.
+ */
 struct work_key {
-	__u64 gen, rid;
+	__u64 gen, actor;
 };
 struct work {
-	__u64 write_bytes, read_bytes, write_ns, read_ns, sync_ns, other_ns, first_ns, last_ns;
+	__u64 write_bytes, read_bytes, write_ns, read_ns, sync_ns, other_ns, first_ns, last_ns, data_ns;
+	__u64 rid, key, print;
 	__u32 write_calls, read_calls, syncs, others;
+	__u32 printed, flags, tid, answered;
 };
 
 struct vector {
@@ -152,7 +174,13 @@ struct scratch {
 		struct bp_path_event e;
 		char bytes[2 * PATH_BYTES];
 	} path;
+	struct {
+		struct bp_tokens_event e;
+		__u64 set[TOKEN_BITS / 64];
+	} tokens;
+	unsigned char text[TOKEN_BYTES]; /* wiped after use */
 	struct conn blank; /* stays zero: a new connection is copied from it */
+	__u64 zeroes[TOKEN_BITS / 64];
 };
 
 INLINE void stat_add(__u32 which, __u64 n)
@@ -196,11 +224,12 @@ INLINE unsigned char *target_byte(__u32 tgid)
 	return bytes ? bytes + column : 0;
 }
 
-INLINE int is_target(__u32 tgid)
+/* 0, or 1 and what runs in it << 1. */
+INLINE __u32 is_target(__u32 tgid)
 {
 	unsigned char *byte = target_byte(tgid);
 
-	return byte && *byte;
+	return byte ? *byte : 0;
 }
 
 INLINE __u64 config(__u32 which)
@@ -221,6 +250,16 @@ INLINE __u64 run_delay(void)
 	return kernel_word(current_task() + OFF_TASK_RUN_DELAY);
 }
 
+/* Evidence is lost: whose file work it would have told, nobody knows, so each request that lives now hears of it. */
+INLINE void lose_file(void)
+{
+	__u32 place = CFG_LOST_FILES;
+	__u64 *lost = map_lookup(MAP(CONFIG), &place);
+
+	if (lost)
+		__sync_fetch_and_add(lost, 1);
+}
+
 /* Wakes the reader only where the ring is an eighth full; it looks by itself every so often. Returns 0 or 1 (lost, counted). */
 INLINE int emit(void *event, __u64 size, __u32 lost)
 {
@@ -229,6 +268,8 @@ INLINE int emit(void *event, __u64 size, __u32 lost)
 	if (!ring_output(MAP(EVENTS), event, size, flags))
 		return 0;
 	stat_add(lost, 1);
+	if (lost == ST_RING_FILE || lost == ST_RING_HEAD || lost == ST_RING_BODY)
+		lose_file();
 	return 1;
 }
 
@@ -258,6 +299,73 @@ INLINE struct thread *thread(void)
 	return map_lookup(MAP(THREADS), &tid);
 }
 
+INLINE __u64 user_word(__u64 address)
+{
+	__u64 value = 0;
+
+	read_user(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+/*
+ * The key of the task that the thread runs: Go's g, which is in r14, or under cgo behind the thread's own storage; or CPython's
+ * context there, with the thread's number, since other threads run copies. 0 where none is known.
+ */
+INLINE __u64 task_key(struct thread *t)
+{
+	__u64 id = pid_tgid(), base, key;
+	__u32 tgid = id >> 32;
+	struct bp_layout_entry *layout;
+
+	if (!t->runtime)
+		return 0;
+	if (t->runtime == RT_GO)
+		return t->r14;
+	layout = map_lookup(MAP(LAYOUTS), &tgid);
+	if (!layout)
+		return 0;
+	base = kernel_word(current_task() + OFF_TASK_FSBASE);
+	if (t->runtime == RT_GO_CGO)
+		return user_word(user_word(user_word(base - 8) + layout->slot) + layout->member);
+	key = user_word(base + layout->slot);
+	key = key ? user_word(key + layout->member) : 0;
+	return key ? (key >> 4) << 22 | (id & 0x3fffff) : 0;
+}
+
+/*
+ * Adds bytes to a fingerprint, until it is of PRINT_BYTES. The key is the agent's of this run and known to nobody else; the bytes
+ * themselves go nowhere. Where they cannot be read the fingerprint stays unknown.
+ */
+INLINE void print_add(__u64 *print, __u32 *printed, __u64 address, __u64 length)
+{
+	unsigned char bytes[PRINT_BYTES] = {};
+	__u64 hash = *print, secret = config(CFG_SECRET);
+	__u32 n = PRINT_BYTES - *printed, i;
+
+	if (*printed >= PRINT_BYTES)
+		return;
+	if (length < n)
+		n = length;
+	BOUND(n, 2 * PRINT_BYTES - 1);
+	if (n > PRINT_BYTES)
+		return;
+	if (!address || read_user(bytes, n, (void *)address)) {
+		*printed = PRINT_UNKNOWN;
+		return;
+	}
+	if (!*printed)
+		hash = config(CFG_SECRET_2);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PRINT_BYTES; i++) {
+		if (i >= n)
+			break;
+		hash = (hash ^ bytes[i]) * secret;
+		hash ^= hash >> 32;
+	}
+	*print = hash;
+	*printed += n;
+}
+
 INLINE __u64 fd_key(__u32 tgid, __u64 fd)
 {
 	return (__u64)tgid << 32 | (__u32)fd;
@@ -279,12 +387,17 @@ INLINE __u64 file_of(__u32 fd)
 #define S_IFREG 0100000
 #define S_IFDIR 0040000
 
+INLINE __u32 mode_of(__u64 file)
+{
+	return kernel_short(kernel_word(file + OFF_FILE_INODE) + OFF_INODE_MODE);
+}
+
 /* What a descriptor is; looked up in the kernel's own table the first time that it is met. */
-INLINE struct fd *fd_of(__u32 tgid, __u64 number)
+INLINE struct bp_fd_entry *fd_of(__u32 tgid, __u64 number)
 {
 	__u64 key = fd_key(tgid, number);
-	struct fd *known = map_lookup(MAP(FDS), &key);
-	struct fd found = {};
+	struct bp_fd_entry *known = map_lookup(MAP(FDS), &key);
+	struct bp_fd_entry found = {};
 	__u64 file;
 	__u32 type;
 
@@ -295,7 +408,7 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 		stat_add(ST_FD_UNRESOLVED, 1);
 		return 0;
 	}
-	type = kernel_short(kernel_word(file + OFF_FILE_INODE) + OFF_INODE_MODE) & S_IFMT;
+	type = mode_of(file) & S_IFMT;
 	found.kind = FD_OTHER;
 	if (type == S_IFSOCK) {
 		found.kind = FD_SOCKET;
@@ -305,6 +418,7 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 
 		found.kind = FD_FILE;
 		found.object = unique();
+		found.many = USE_MANY;
 		e.h.kind = EV_UNKNOWN_FD;
 		e.h.tgid = tgid;
 		e.h.ts = ktime_ns();
@@ -317,10 +431,19 @@ INLINE struct fd *fd_of(__u32 tgid, __u64 number)
 	return map_lookup(MAP(FDS), &key);
 }
 
-/* Sends what was summed for one file and request, and forgets it. `t` may be 0. */
-INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
+/*
+ * FF_ALONE where the thread received its request itself and has no other: what it does is that request's. A thread that only
+ * answers, or passes bytes on, may work for another one meanwhile.
+ */
+INLINE __u32 alone(struct thread *t)
 {
-	struct work_key key = { gen, rid };
+	return t->rid && t->mine && !t->loop ? FF_ALONE : 0;
+}
+
+/* Sends what was summed for one file and actor, and forgets it. `t` may be 0. */
+INLINE void work_emit(struct thread *t, __u64 gen, __u64 actor, __u32 closed)
+{
+	struct work_key key = { gen, actor };
 	struct work *w = map_lookup(MAP(WORK), &key);
 	struct bp_file_event e = {};
 
@@ -330,7 +453,7 @@ INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
 	e.h.what = closed;
 	e.h.tgid = pid_tgid() >> 32;
 	e.h.ts = ktime_ns();
-	e.h.rid = rid;
+	e.h.rid = w->rid;
 	e.gen = gen;
 	e.write_bytes = w->write_bytes;
 	e.read_bytes = w->read_bytes;
@@ -340,6 +463,12 @@ INLINE void work_emit(struct thread *t, __u64 gen, __u64 rid, __u32 closed)
 	e.other_ns = w->other_ns;
 	e.first_ns = w->first_ns;
 	e.last_ns = w->last_ns;
+	e.data_ns = w->data_ns;
+	e.key = w->key;
+	e.print = w->print;
+	e.printed = w->printed;
+	e.flags = w->flags;
+	e.tid = w->tid;
 	e.write_calls = w->write_calls;
 	e.read_calls = w->read_calls;
 	e.syncs = w->syncs;
@@ -366,14 +495,15 @@ INLINE void fds_forget(__u32 tgid, __u32 first, __u32 last)
 	}
 }
 
-INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind, __u32 shared)
+INLINE void fd_set(__u32 tgid, __u64 number, __u64 object, __u32 kind, __u32 shared, __u32 many)
 {
 	__u64 key = fd_key(tgid, number);
-	struct fd value = {};
+	struct bp_fd_entry value = {};
 
 	value.object = object;
 	value.kind = kind;
 	value.shared = shared;
+	value.many = many;
 	if (map_update(MAP(FDS), &key, &value, 0))
 		stat_add(ST_MAP_FDS, 1);
 }
@@ -387,52 +517,104 @@ INLINE __u32 fds_size(void)
 }
 
 #define UNTIED_NS 1000000000ULL /* how long work that belongs to no request is summed before it is sent */
+#define KEPT_NS 60000000000ULL /* a file that is open for reading for longer is kept for whoever asks for it next */
+#define BURST_NS 20000000ULL	/* calls on a file of many that are further apart are not of one piece */
 
-/* The sum to which a call on this file counts, or 0 where there is no room (counted). */
-INLINE struct work *work_of(struct thread *t, __u64 gen)
+INLINE __u64 actor_of(struct thread *t, __u32 many)
 {
-	struct work_key key = { gen, t->rid };
-	struct work *w = map_lookup(MAP(WORK), &key);
-	struct work fresh = {};
-	__u32 place;
-
-	if (w && !t->rid && t->exit_ns - w->first_ns > UNTIED_NS) {
-		work_emit(t, gen, 0, 0);
-		w = 0;
-	}
-	if (w)
-		goto found;
-	fresh.first_ns = t->enter_ns;
-	if (map_update(MAP(WORK), &key, &fresh, NOEXIST)) {
-		stat_add(ST_MAP_FILES, 1);
-		t->lost++;
-		return 0;
-	}
-	if (t->rid) {
-		place = t->nfiles & (THREAD_FILES - 1);
-		if (t->nfiles >= THREAD_FILES)
-			work_emit(t, t->files[place], t->rid, 0);
-		t->files[place] = gen;
-		t->nfiles++;
-	}
-	w = map_lookup(MAP(WORK), &key);
-	if (!w)
-		return 0;
-found:
-	w->last_ns = t->exit_ns;
-	return w;
+	return many || alone(t) ? (__u32)pid_tgid() : 0;
 }
 
-/* Sends all sums of the thread's request. */
-INLINE void work_flush(struct thread *t)
+INLINE __u32 flags_of(struct thread *t, __u32 many)
 {
-	__u32 i;
+	return alone(t) | (many ? FF_MANY : 0);
+}
+
+/* Whether many requests may use this file by now. A generation's number is made of the time of its open. */
+INLINE __u32 by_many(struct thread *t, __u32 use, __u64 gen)
+{
+	return use == USE_MANY || (use == USE_READ && t->enter_ns > (gen >> 8) + KEPT_NS);
+}
+
+/* Notes that the thread sums for a file by itself; where too many wait, the oldest sum is sent. */
+INLINE void work_list(struct thread *t, __u64 gen)
+{
+	__u32 place = t->nfiles & (THREAD_FILES - 1), i;
 
 #pragma clang loop unroll(disable)
 	for (i = 0; i < THREAD_FILES; i++) {
 		if (i >= t->nfiles)
 			break;
-		work_emit(t, t->files[i], t->rid, 0);
+		if (t->files[i] == gen)
+			return;
+	}
+	if (t->nfiles >= THREAD_FILES)
+		work_emit(t, t->files[place], (__u32)pid_tgid(), 0);
+	t->files[place] = gen;
+	t->nfiles++;
+}
+
+/* The sum to which a call on this file counts, or 0 where there is no room (counted). */
+INLINE struct work *work_of(struct thread *t, __u64 gen, __u64 actor, __u32 flags)
+{
+	struct work_key key = { gen, actor };
+	struct work *w = map_lookup(MAP(WORK), &key);
+	__u32 tid = pid_tgid(), stale = 0;
+	struct work fresh = {};
+
+	if (w && flags & FF_MANY)
+		stale = w->key != t->key || t->enter_ns - w->last_ns > BURST_NS;
+	else if (w && !actor)
+		stale = t->exit_ns - w->first_ns > UNTIED_NS;
+	if (stale) {
+		work_emit(t, gen, actor, 0);
+		flags |= FF_CONTINUES;
+		w = 0;
+	}
+	if (w)
+		return w;
+	fresh.first_ns = t->enter_ns;
+	fresh.rid = flags & FF_SAME_CALL ? actor : t->rid;
+	fresh.key = t->key;
+	fresh.flags = flags;
+	fresh.answered = t->answered;
+	fresh.tid = tid;
+	if (actor == tid)
+		work_list(t, gen);
+	if (map_update(MAP(WORK), &key, &fresh, NOEXIST)) {
+		w = map_lookup(MAP(WORK), &key); /* another thread was first */
+		if (!w) {
+			stat_add(ST_MAP_FILES, 1);
+			lose_file();
+			t->lost++;
+		}
+		return w;
+	}
+	return map_lookup(MAP(WORK), &key);
+}
+
+/* Notes who else adds to a sum. A close is nobody's: it may come when its request is long over. */
+INLINE void blend(struct thread *t, struct work *w)
+{
+	if (w->rid != t->rid || (!t->loop && w->answered != t->answered))
+		w->flags |= FF_RIDS;
+	if (w->key != t->key)
+		w->flags |= FF_KEYS;
+	if (w->tid != (__u32)pid_tgid())
+		w->flags |= FF_TIDS;
+}
+
+/* Sends all sums that wait for the thread's request, or whatever its work was, to be done. */
+INLINE void work_flush(struct thread *t)
+{
+	__u32 tid = pid_tgid(), i;
+
+	t->talks = 1;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < THREAD_FILES; i++) {
+		if (i >= t->nfiles)
+			break;
+		work_emit(t, t->files[i], tid, 0);
 	}
 	t->nfiles = 0;
 }
@@ -455,14 +637,16 @@ INLINE void bind(struct thread *t, __u64 sk, struct conn *c, struct slot *s)
 
 			if (o->rid == t->rid && o->begun && !o->ended) {
 				o->flags |= RF_INTERLEAVED;
-				s->flags |= RF_INTERLEAVED;
+				t->loop = 1;
 			}
 		}
 	}
-	if (t->rid)
-		work_flush(t);
+	work_flush(t);
+	if (t->loop)
+		s->flags |= RF_INTERLEAVED;
 	t->sk = sk;
 	t->rid = s->rid;
+	t->mine = s->reader == tid;
 	t->runqueue_ns = 0;
 	t->lost = 0;
 }
@@ -497,8 +681,20 @@ INLINE void end_emit(struct conn *c, struct slot *s, struct thread *t, __u32 out
 	e.flags = s->flags | c->flags;
 	e.lost = s->lost;
 	e.runqueue_ns = s->runqueue_ns;
+	e.received_ns = s->received_ns;
+	e.answered_ns = s->answered_ns;
+	e.client_ns = s->client_ns;
+	e.client_out_ns = s->client_out_ns;
+	e.server_ns = s->server_ns;
+	e.print_in = s->rx_complete ? s->print : c->print[0];
+	e.printed_in = s->rx_complete ? s->printed : c->printed[0];
+	e.print_out = c->print[1];
+	e.printed_out = c->printed[1];
+	e.lost_files = config(CFG_LOST_FILES);
 	e.framed = s->rx_complete || c->dir[0].mode != HTTP1_LOST;
-	if (t && t->rid == s->rid) {
+	if (t)
+		e.key = t->key;
+	if (t && t->rid == s->rid && !t->loop) {
 		e.runqueue_ns += t->runqueue_ns;
 		e.lost += t->lost;
 	}

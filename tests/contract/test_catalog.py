@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,7 +14,8 @@ from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, HealthSnapshot, Metric
 from bucketprobe.config import FileClasses, StorageSpec
 from bucketprobe.exporters.jsonl import CAUSES
 from bucketprobe.exporters.prometheus import PrometheusText
-from bucketprobe.model import OPERATIONS, OUTCOMES, Request
+from bucketprobe.model import EVIDENCE, OPERATIONS, OUTCOMES, Attribution, Request
+from bucketprobe.sinks.attribution import AttributionSink
 from bucketprobe.sinks.metrics import MetricsSink
 from bucketprobe.tracker import Tracker
 
@@ -29,6 +31,7 @@ def requests() -> list[Request]:
         Request(
             id="r", conn="c", pid=1, wall_ns=0, start_ns=0, end_ns=10**7, operation=operation, outcome=outcome, status=200, bytes_in=5,
             phases={"queue": 10, "runqueue": 20, "other": 10**7 - 30}, queue_stages={"accept": 4, "read": 6},
+            attribution=Attribution("inferred", EVIDENCE), limited_by="server",
         )
         for operation in OPERATIONS
         for outcome in OUTCOMES
@@ -37,10 +40,12 @@ def requests() -> list[Request]:
 
 def served(observed: list[Request]) -> dict[str, dict[str, set[frozenset[tuple[str, str]]]]]:
     """Of each family by its Prometheus name: its type, and its series' labels (without a bucket's bound)."""
-    sink = MetricsSink(TAGS)
+    sink, sureness = MetricsSink(TAGS), AttributionSink()
     for request in observed:
         sink.observe(request)
-    text = b"".join(PrometheusText(sink.collect, lambda: NOW).chunks()).decode()
+        sureness.observe(request)
+    now = replace(NOW, labelled=sureness.labelled, evidence=sureness.evidence, limited_by=sureness.limited_by)
+    text = b"".join(PrometheusText(sink.collect, lambda: now).chunks()).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M))
     found: dict[str, dict[str, set[frozenset[tuple[str, str]]]]] = {name: {kind: set()} for name, kind in kinds.items()}
     for family in text_string_to_metric_families(text):
@@ -87,6 +92,12 @@ def test_each_row_about_the_agent_is_served(busy, row) -> None:
     assert kind == row.kind
     assert series
     assert all({name for name, _ in labels} == set(row.labels) for labels in series)
+
+
+def test_what_the_sink_counts_adds_no_series_to_those_from_the_start(busy, fresh) -> None:
+    """An alert on a label, an evidence or a limit must not wait for its first request."""
+    for name in ("bucketprobe_requests_labelled_total", "bucketprobe_evidence_total", "bucketprobe_limited_total"):
+        assert busy[name] == fresh[name]
 
 
 def test_names_follow_the_proposals_form() -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -98,9 +99,12 @@ def test_every_field_of_a_record_is_explained() -> None:
     assert names <= explained
 
 
-@pytest.mark.parametrize("words", [model.PHASES, model.OUTCOMES, model.LABELS, model.OPERATIONS])
+WORDS = (model.PHASES, model.OUTCOMES, model.LABELS, model.OPERATIONS, model.EVIDENCE, model.GAPS, get_args(model.Limit))
+
+
+@pytest.mark.parametrize("words", WORDS)
 def test_every_word_of_a_record_is_explained(words: Sequence[str]) -> None:
-    texts = README.read_text() + (ROOT / "docs" / "phases.md").read_text()
+    texts = "".join(page.read_text() for page in (README, ROOT / "docs" / "phases.md", ROOT / "docs" / "attribution.md"))
     assert set(words) <= set(re.findall(r"`([a-z_]+)`", texts))
 
 

@@ -321,6 +321,36 @@ class Worker(Server):
         super().__init__("worker.py", port, base)
 
 
+class Puppet(Server):
+    """Makes each call in the thread that it is told to: see servers/puppet.py for the calls."""
+
+    def __init__(self, port: int, base: Path, *options: str) -> None:
+        super().__init__("puppet.py", port, base, *options)
+        self._number = 0
+        self._done: dict[int, dict[str, Any]] = {}
+
+    def start(self, thread: str, call: str, *arguments: Any) -> int:
+        """Gives a thread its next call and returns at once, with the call's number."""
+        assert self.process.stdin
+        self._number += 1
+        step = {"number": self._number, "thread": thread, "call": call, "arguments": arguments}
+        self.process.stdin.write(json.dumps(step) + "\n")
+        return self._number
+
+    def result(self, number: int) -> Any:
+        """What the call came to, waited for."""
+        assert self.process.stdout
+        while number not in self._done:
+            done = json.loads(self.process.stdout.readline())
+            self._done[done["number"]] = done
+        assert self._done[number]["error"] is None, self._done[number]
+        return self._done[number]["result"]
+
+    def do(self, thread: str, call: str, *arguments: Any) -> Any:
+        """One call of a thread, from its begin to its end."""
+        return self.result(self.start(thread, call, *arguments))
+
+
 class Service(Server):
     """A service in one of the models in which services run: see servers/service.py."""
 

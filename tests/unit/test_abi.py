@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import ctypes
 import re
+from enum import IntEnum
 
 import pytest
 
-from bucketprobe import abi
+from bucketprobe import abi, resolve, runtimes
 from bucketprobe.model import OUTCOMES
 
 ENTRIES = {spec.name: spec.entries for spec in abi.MAPS}
-STRUCTURES = [abi.Header, *abi.EVENTS.values()]
+ENTRY_TYPES = {"fds": abi.FdEntry, "layouts": abi.LayoutEntry}
+STRUCTURES = [abi.Header, *abi.EVENTS.values(), *ENTRY_TYPES.values()]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
@@ -62,15 +64,62 @@ def test_map_names_are_such_that_the_kernel_takes_them_whole() -> None:
     assert all(re.fullmatch(r"[a-z]{1,15}", name) for name in ENTRIES)
 
 
-def test_request_flags_are_single_bits() -> None:
-    assert all(flag.bit_count() == 1 for flag in abi.RequestFlag)
-    assert len({int(flag) for flag in abi.RequestFlag}) == len(abi.RequestFlag)
+@pytest.mark.parametrize("flags", [abi.RequestFlag, abi.FileFlag])
+def test_flags_are_single_bits(flags: type[IntEnum]) -> None:
+    assert all(int(flag).bit_count() == 1 for flag in flags)
+    assert len(flags.__members__) == len({int(flag) for flag in flags})
+
+
+def test_what_says_that_work_is_one_requests_fits_every_field_that_says_it() -> None:
+    """Of an open it is in a field of one byte."""
+    assert abi.FileFlag.ALONE.bit_length() <= 8 * abi.Header.what.size
+
+
+@pytest.mark.parametrize("name", ENTRY_TYPES)
+def test_values_of_maps_that_both_sides_write_have_their_maps_size(name: str) -> None:
+    [spec] = [spec for spec in abi.MAPS if spec.name == name]
+    assert spec.value == ctypes.sizeof(ENTRY_TYPES[name])
+
+
+def test_runtimes_have_the_numbers_that_the_kernel_goes_by() -> None:
+    assert {kind.name: kind.value for kind in runtimes.Kind} == {kind.name: kind.value for kind in abi.Runtime}
+
+
+def test_a_targets_byte_holds_its_runtime() -> None:
+    """One bit says that it is one, the rest what runs in it."""
+    assert 1 | max(abi.Runtime) << 1 < 1 << 8
+
+
+def test_sets_of_pieces_are_the_same_on_both_sides() -> None:
+    assert (resolve.TOKEN_WINDOW, resolve.TOKEN_BITS) == (abi.TOKEN_WINDOW, abi.TOKEN_BITS)
+    assert abi.TOKEN_BITS == 1 << 12  # the kernel takes the upper 12 bits of a hash of 64
+    assert (abi.TOKEN_BITS // 8).bit_length() <= 8 * abi.Header.n.size
+
+
+def test_losses_are_counted_behind_what_is_no_loss() -> None:
+    assert all(stat >= abi.Stat.RING_HEAD for stat in abi.Stat if stat.name.startswith(("RING_", "MAP_")))
+    assert {abi.Stat.URING, abi.Stat.BEGUN} <= {stat for stat in abi.Stat if stat < abi.Stat.RING_HEAD}
 
 
 def test_the_header_names_every_place_once() -> None:
     text = abi.render_header()
     names = re.findall(r"^\t([A-Z]+_[A-Z0-9_]+) = -?\d+,$", text, re.M) + re.findall(r"^#define (\w+) ", text, re.M)
     assert len(set(names)) == len(names)
-    prefixes = {"EV", "DIR", "END", "RF", "PC", "PR", "FD", "ST", "PORT", "CFG", "H", "MAP", "NR"}
-    assert prefixes == {name.split("_")[0] for name in names} - {"PATH", "HEAD"}
+    prefixes = {"EV", "DIR", "END", "RF", "FF", "PC", "PR", "RT", "FD", "ST", "PORT", "CFG", "H", "USE", "MAP", "NR"}
+    assert prefixes == {name.split("_")[0] for name in names} - {"PATH", "HEAD", "PRINT", "TOKEN"}
     assert text.count("_Static_assert(sizeof(struct ") == len(STRUCTURES)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
+def test_the_header_has_every_member_with_its_offset(structure) -> None:
+    text = abi.render_header()
+    for field, _ in abi.fields(structure):
+        offset = getattr(structure, field).offset
+        assert re.search(rf"_Static_assert\(__builtin_offsetof\(struct (\w+), {field}\) == {offset}, \"\1\.{field}\"\);", text)
+
+
+def test_map_values_that_both_sides_write_are_in_the_header() -> None:
+    text = abi.render_header()
+    for name, members in (("bp_fd_entry", "object kind not_served shared many pad"), ("bp_layout_entry", "slot member")):
+        [body] = re.findall(rf"struct {name} {{\n(.*?)\n}};", text, re.S)
+        assert re.findall(r"(\w+);", body) == members.split()

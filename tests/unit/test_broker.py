@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bucketprobe import abi, bpf, broker, link, program, stats, wire
+from bucketprobe import abi, bpf, broker, link, program, runtimes, stats, target, wire
 from bucketprobe.config import Settings, StorageSpec, TargetSpec
 from bucketprobe.errors import BucketprobeError, EnvironmentLack
 
@@ -107,6 +108,7 @@ def test_what_a_target_held_open_is_told_before_the_broker_is_ready(start, tmp_p
     with Holder(tmp_path, tmp_path / "data", tmp_path / "sub") as holder:
         _, talk = start(target=TargetSpec(pids=(holder.pid,)), ring_bytes=32_768)
         ready, descriptors = talk.until("ready")
+        assert ready.pop("secret") % 2 == 1
         assert ready == {"op": "ready", "missing": [], "ring_bytes": 32_768}
         [found] = [message for message in talk.heard if message["op"] == "process"]
         assert (found["tgid"], found["cwd"]) == (holder.pid, str(tmp_path))
@@ -220,6 +222,223 @@ def test_the_probes_go_with_the_agent(start) -> None:
     talk.end.close()
     process.wait(SECONDS)
     assert process.returncode == 0
+
+
+# --- What it tells of a target, without a kernel -----------------------------------------------------------------
+
+
+class Host:
+    """The broker's surroundings: maps that only note what is written, and processes that are what a test says they are.
+
+    `starts`: start time by tgid; `rings`: who has an io_uring ring; `runs`: by tgid what each look at it finds, the last for ever.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.starts: dict[int, int] = {}
+        self.rings: set[int] = set()
+        self.runs: dict[int, list[runtimes.Layout]] = {}
+        self.looks: list[int] = []
+        self.written: list[tuple[str, bytes, bytes]] = []
+        self._maps = {spec.name: os.memfd_create(spec.name) for spec in abi.MAPS}
+        os.ftruncate(self._maps["targets"], 64 * next(spec for spec in abi.MAPS if spec.name == "targets").entries)
+        self._names = {fd: name for name, fd in self._maps.items()}
+        probes = SimpleNamespace(maps=self._maps, missing=[], detach=lambda: None)
+        for module, name, stand_in in (
+            (program, "compiled", lambda *_: {}),
+            (program, "kernel_offsets", lambda *_: {}),
+            (program, "load", lambda *_: probes),
+            (bpf, "map_update", self._update),
+            (bpf, "map_lookup", lambda *_: None),
+            (stats, "read_stats", lambda _: []),
+            (broker, "read_stats", lambda _: []),
+            (target, "find", lambda _: []),
+            (target, "start_time", self.starts.get),
+            (target, "open_files", lambda _: [target.OpenFile(4, "file", "/srv/a", os.O_RDONLY, 0)]),
+            (target, "cwd", lambda _: "/srv"),
+            (target, "has_uring", self.rings.__contains__),
+            (target, "matches", lambda *_: None),
+            (runtimes, "layout", self._layout),
+            (broker, "SETTLE_SECONDS", 0.0),  # each turn of the loop is due
+        ):
+            monkeypatch.setattr(module, name, stand_in)
+        self._ours, theirs = wire.pair()
+        self.talk = Talk(self._ours)
+        self._thread = threading.Thread(target=self._run, args=(theirs,), daemon=True)
+
+    def _update(self, fd: int, key: bytes, value: bytes, flags: int = 0) -> None:
+        self.written.append((self._names[fd], key, value))
+
+    def _layout(self, tgid: int) -> runtimes.Layout:
+        self.looks.append(tgid)
+        found = self.runs.get(tgid, [NOTHING])
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    def _run(self, end: socket.socket) -> None:
+        with end:
+            broker.Broker(Settings(), end).run()
+
+    def start(self) -> wire.Message:
+        """The message that says that all is attached."""
+        self._thread.start()
+        ready, descriptors = self.talk.until("ready")
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return ready
+
+    def say(self, **message: Any) -> list[wire.Message]:
+        """Sends a message; all that the broker said until it had dealt with it."""
+        self.talk.heard.clear()
+        wire.send(self._ours, message)
+        return self.turn()
+
+    def turn(self) -> list[wire.Message]:
+        """Lets the broker's loop go round; what it said. The second answer comes after all that followed the first."""
+        for _ in range(2):
+            self.talk.ask(op="cwd", tgid=0)
+        return self.talk.heard
+
+    def of(self, name: str) -> list[tuple[bytes, bytes]]:
+        return [(key, value) for where, key, value in self.written if where == name]
+
+    def target(self, tgid: int) -> int:
+        return os.pread(self._maps["targets"], 1, tgid)[0]
+
+    def close(self) -> None:
+        self._ours.close()
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive()
+        for fd in self._maps.values():
+            os.close(fd)
+
+
+NOTHING = runtimes.Layout(runtimes.Kind.NONE)
+GO = runtimes.Layout(runtimes.Kind.GO, detail="Go 1.22")
+CPYTHON = runtimes.Layout(runtimes.Kind.CPYTHON, 1234, 56, "CPython 3.11")
+PID = 4_000_001  # beyond what this kernel gives, and so nobody's
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    made = Host(monkeypatch)
+    made.starts[PID] = 77
+    yield made
+    made.close()
+
+
+def test_the_hashes_have_odd_secrets_of_which_the_agent_gets_the_one_that_it_needs(host: Host) -> None:
+    told = host.start()["secret"]
+    config = {struct.unpack("=I", key)[0]: struct.unpack("=Q", value)[0] for key, value in host.of("config")}
+    assert told == config[abi.Config.SECRET]
+    assert told % 2 == config[abi.Config.SECRET_2] % 2 == 1
+    assert told != config[abi.Config.SECRET_2]
+
+
+@pytest.mark.parametrize("rings", [True, False])
+def test_a_target_with_a_ring_is_named(host: Host, rings: bool) -> None:
+    host.rings |= {PID} if rings else set()
+    host.start()
+    told = host.say(op="process", tgid=PID, why="asked for")
+    assert [message["op"] for message in told][:1] == ["process"]
+    assert [message["tgid"] for message in told if message["op"] == "uring"] == ([PID] if rings else [])
+
+
+@pytest.mark.parametrize("found", [GO, CPYTHON], ids=lambda found: found.kind.name)
+def test_what_runs_in_a_target_is_told_to_the_agent_and_to_the_kernel(host: Host, found: runtimes.Layout) -> None:
+    host.runs[PID] = [found]
+    host.start()
+    told = host.say(op="process", tgid=PID, why="asked for")
+    [message] = [message for message in told if message["op"] == "runtime"]
+    assert message == {"op": "runtime", "tgid": PID, "kind": found.kind, "detail": found.detail}
+    assert host.target(PID) == 1 | found.kind << 1
+    layout = (struct.pack("=I", PID), struct.pack("=II", found.slot, found.member))
+    assert host.of("layouts") == ([layout] if found.member else [])
+    host.turn()
+    assert host.looks == [PID], "what is known is not asked again"
+
+
+def test_files_that_were_open_before_may_be_many_requests(host: Host) -> None:
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    [(key, value)] = host.of("fds")
+    entry = abi.FdEntry.from_buffer_copy(value)
+    assert struct.unpack("=Q", key)[0] == PID << 32 | 4
+    assert (entry.kind, entry.many, entry.shared, entry.not_served) == (abi.FileKind.FILE, abi.FileUse.MANY, 0, 0)
+
+
+def test_a_process_that_does_not_show_what_runs_in_it_yet_is_asked_again(host: Host) -> None:
+    host.runs[PID] = [NOTHING, NOTHING, CPYTHON]
+    host.start()
+    told = host.say(op="process", tgid=PID, why="asked for")
+    while not any(message["op"] == "runtime" for message in told):
+        told = host.turn()
+    host.turn()
+    assert host.target(PID) == 1 | abi.Runtime.CPYTHON << 1
+    assert host.looks == [PID] * 3
+
+
+def test_a_process_in_which_nothing_of_note_runs_is_not_asked_for_ever(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "SETTLE_TRIES", 3)
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    for _ in range(5):
+        host.turn()
+    assert len(host.looks) == 1 + 3
+    assert host.target(PID) == 1
+
+
+def test_how_often_it_is_asked_goes_by_time_and_not_by_how_much_is_said(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "SETTLE_SECONDS", 3600.0)
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    for _ in range(20):
+        host.turn()
+    assert len(host.looks) <= 2, "as it became a target, and the first turn"
+
+
+@pytest.mark.parametrize("start", [None, 78], ids=["gone", "another"])
+def test_a_process_that_is_no_longer_the_same_is_not_asked(host: Host, start: int | None) -> None:
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    assert host.looks
+    if start is None:
+        del host.starts[PID]
+    else:
+        host.starts[PID] = start
+    host.turn()  # a look may have been under way
+    host.looks.clear()
+    told = host.turn()
+    assert host.looks == []
+    assert not any(message["op"] == "runtime" for message in told)
+
+
+def test_a_child_is_asked_what_runs_in_it_where_its_parent_had_not_told(host: Host) -> None:
+    child = PID + 1
+    host.starts[child] = 90
+    host.runs = {PID: [NOTHING], child: [CPYTHON]}
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    os.pwrite(host._maps["targets"], b"\1", child)  # as the kernel does at a fork
+    wire.send(host.talk.end, {"op": "fork", "tgid": child})
+    assert host.talk.until("runtime")[0]["tgid"] == child
+
+
+@pytest.mark.parametrize("value", [0, 1 | abi.Runtime.GO << 1])
+def test_a_child_that_is_no_target_or_runs_what_its_parent_does_is_not_asked(host: Host, value: int) -> None:
+    child = PID + 1
+    host.starts[child] = 90
+    host.start()
+    os.pwrite(host._maps["targets"], bytes([value]), child)
+    host.say(op="fork", tgid=child)
+    assert host.looks == []
+
+
+def test_a_target_that_ran_another_program_is_looked_at_again(host: Host) -> None:
+    host.runs[PID] = [GO, CPYTHON]
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    told = host.say(op="exec", tgid=PID)
+    assert [message["kind"] for message in told if message["op"] == "runtime"] == [abi.Runtime.CPYTHON]
+    assert host.target(PID) == 1 | abi.Runtime.CPYTHON << 1
 
 
 # --- What keeps it from attaching --------------------------------------------------------------------------------

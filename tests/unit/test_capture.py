@@ -29,6 +29,7 @@ from bucketprobe.capture import (
     ControlServer,
     Look,
     NoAgent,
+    WorkShare,
     capture,
     look_of,
     open_listener,
@@ -39,7 +40,7 @@ from bucketprobe.capture import (
     summarise,
 )
 from bucketprobe.errors import AgentBusy, BucketprobeError, EnvironmentLack, UsageError
-from bucketprobe.model import PHASES_AS_THEY_HAPPEN, Attribution, Operation, Request
+from bucketprobe.model import EVIDENCE, GAPS, PHASES_AS_THEY_HAPPEN, Attribution, Operation, Request, Share
 
 
 def finished(ms: float = 10.0, operation: Operation = "write", status: int | None = 201, **fields: Any) -> Request:
@@ -118,6 +119,83 @@ def test_a_request_of_no_duration_divides_nothing_by_zero() -> None:
     assert "0.0 %" in render_slowest(summary, False, 80)
 
 
+def shared() -> Request:
+    """A request that has a part of its file work in common with others, and was slow because of its client."""
+    return finished(
+        100.0,
+        id="own",
+        attribution=Attribution(
+            "shared",
+            ("path", "order"),
+            candidates=("own", "a", "b"),
+            by_label={"exact": Share(3 << 20, 30_000_000), "shared": Share(1 << 20, 10_000_000)},
+        ),
+        client_wait_ns=55_000_000,
+        server_wait_ns=1_500_000,
+        limited_by="client",
+    )
+
+
+def test_what_limited_the_requests_and_how_sure_their_file_work_is() -> None:
+    own = finished(attribution=Attribution("exact", by_label={"exact": Share(4 << 20, 60_000_000)}), limited_by="storage")
+    summary = summarise([shared().record(), own.record(), finished(operation="read").record()])
+    assert summary.limited_by == {"client": 1, "storage": 1, "unknown": 1}
+    assert summary.operations["write"].limited_by == {"client": 1, "storage": 1}
+    assert summary.operations["read"].limited_by == {"unknown": 1}
+    assert summary.work == {"exact": WorkShare(7 << 20, 90.0, 7 / 8, 0.9), "shared": WorkShare(1 << 20, 10.0, 1 / 8, 0.1)}
+    assert sum(share.share_of_ms for share in summary.work.values()) == pytest.approx(1)
+    text = render_table(summary, False, 100)
+    assert "\n  limited by   client: 1, storage: 1, unknown: 1\n" in text
+    assert "\nwrite, 2 requests\n  limited by   client: 1, storage: 1\n" in text
+    assert "\nread, 1 request\n  phase " in text, "what is not known of any request is no line"
+    assert "\n  file work    exact: 90.0 % of time and 87.5 % of bytes, shared: 10.0 % of time and 12.5 % of bytes\n" in text
+    assert json.loads(render_json(summary))["work"]["shared"] == {
+        "bytes": 1 << 20, "ms": 10.0, "share_of_bytes": 0.125, "share_of_ms": 0.1
+    }  # fmt: skip
+
+
+def test_a_phase_that_was_not_seen_is_no_zero() -> None:
+    """Of four writes the probes could not see two: the percentiles are those of the other two, one of which wrote nothing."""
+    records = [
+        finished(phases={"storage_write": 8.0, "other": 2.0}).record(),
+        finished(phases={"other": 10.0}).record(),
+        *[finished(phases={"queue": 1.0, "other": 9.0}, coverage_gaps=("unseen", "io_uring")).record() for _ in range(2)],
+    ]
+    summary = summarise(records)
+    phases = summary.operations["write"].phases
+    assert (phases["storage_write"].requests, phases["storage_write"].p50_ms, phases["storage_write"].p95_ms) == (1, 0.0, 8.0)
+    assert (phases["queue"].p50_ms, phases["queue"].p95_ms) == (0.0, 1.0), "what is no file work counts for all"
+    assert summary.coverage_gaps == {"unseen": 2, "io_uring": 2}
+    text = render_table(summary, False, 100)
+    assert "  warning: file work by io_uring is not seen: storage time and file counts may lack it (2 requests)\n" in text
+    assert "are left out of the storage and metadata phases that they lack" in text
+    blind = summarise(records[2:])
+    assert "storage_write" not in blind.operations["write"].phases
+    assert "storage_write" not in render_table(blind, False, 100) + render_slowest(blind, False, 100)
+
+
+def test_without_a_gap_there_is_no_warning() -> None:
+    text = render_table(summarise(example()), False, 100) + render_slowest(summarise(example()), False, 100)
+    assert "warning" not in text
+    assert "left out" not in text
+
+
+def test_every_evidence_and_every_gap_has_its_words() -> None:
+    assert module._EVIDENCE_WORDS.keys() == set(EVIDENCE)
+    assert module._GAP_WORDS.keys() == set(GAPS)
+
+
+def test_records_of_an_earlier_agent_are_summed_up_as_well() -> None:
+    record = finished().record()
+    for name in ("client_wait_ms", "server_wait_ms", "limited_by", "coverage_gaps"):
+        del record[name]
+    record["attribution"] = {"label": "exact", "evidence": ["thread"], "unattributed_bytes": 0}
+    summary = summarise([record])
+    assert (summary.limited_by, summary.work, summary.coverage_gaps) == ({"unknown": 1}, {}, {})
+    assert summary.slowest == [record], "records pass through as they came"
+    assert "client wait unknown" in render_slowest(summary, False, 100)
+
+
 # The drawing.
 
 
@@ -132,7 +210,7 @@ def example() -> list[dict[str, Any]]:
         version="1.0",
         bytes_in=3 << 20,
         phases={"queue": 50.0, "storage_sync": 100.0, "network_send": 0.001, "other": 49.999},
-        attribution=Attribution("inferred", ("thread", "time"), 4096),
+        attribution=Attribution("inferred", ("thread", "window"), 4096),
         lost_events=1,
     )
     return [slow.record(), finished(1.0).record(), finished(2.0, "read", None).record()]
@@ -151,6 +229,22 @@ def test_the_table_lines_up_and_names_its_units() -> None:
     assert "nearest-rank" in lines[-1]
 
 
+def test_who_else_may_have_done_the_work() -> None:
+    text = render_slowest(summarise([shared().record()]), color=False, width=100)
+    assert "   client wait 55.000 ms, server wait 1.500 ms; limited by: client\n" in text
+    assert "   file work: shared, by names in the path; the order of the requests (a guess)\n" in text
+    assert "     of it exact 3.0 MiB in 30.000 ms, shared 1.0 MiB in 10.000 ms\n" in text
+    assert "     shared with 2 requests: a, b\n" in text
+    many = shared()
+    many.attribution.candidates = (*(f"r{number}" for number in range(9)), "own")
+    text = render_slowest(summarise([many.record()]), color=False, width=100)
+    assert "     shared with 9 requests: r0, r1, r2, r3 and 5 more\n" in text
+    alone = finished(attribution=Attribution("exact", ("thread",), by_label={"exact": Share(5, 6)}))
+    text = render_slowest(summarise([alone.record()]), color=False, width=100)
+    assert "of it" not in text
+    assert "shared with" not in text
+
+
 def bars(text: str) -> dict[str, tuple[int, int]]:
     """Each phase's bar as (first column, column after the last)."""
     found = {}
@@ -166,7 +260,9 @@ def test_the_slowest_request_as_steps() -> None:
     assert "1. write  status 201  complete  200.000 ms" in text
     assert "PUT /v1/{bucket_id}/{artifact_id}  (bucket models, artifact llama, version 1.0)" in text
     assert "in 3.0 MiB, out unknown" in text
-    assert "file work: inferred by thread, time, 4.0 KiB tied to no request" in text
+    assert "   file work: inferred, by its thread, which served it alone; no other request in flight\n" in text
+    assert "     4.0 KiB meanwhile tied to no request\n" in text
+    assert "client wait unknown, server wait unknown; limited by: unknown" in text
     assert "lower bounds" in text
     assert "do not show when each one ran" in text
     assert bars(text) == {"queue": (0, 10), "storage_sync": (10, 29), "network_send": (29, 30), "other": (29, 39)}

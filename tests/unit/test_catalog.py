@@ -8,7 +8,7 @@ import pytest
 from bucketprobe.abi import Kind, Stat
 from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, HealthSnapshot, Metric, catalog_table, health_table
 from bucketprobe.exporters.jsonl import CAUSES
-from bucketprobe.model import OUTCOMES
+from bucketprobe.model import EVIDENCE, GAPS, LABELS, OUTCOMES, Share
 
 DURATION = (0.1, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000)
 SIZE = (1024, 65536, 1048576, 16777216, 104857600, 268435456, 1073741824, 5368709120)
@@ -72,6 +72,32 @@ def test_closed_counters_start_at_zero() -> None:
     assert _health("bucketprobe_requests_finished_total", now) == dict.fromkeys(((o,) for o in OUTCOMES), 0) | {("complete",): 2}
     assert _health("bucketprobe_lost_total", now) == dict.fromkeys(LOSSES, 0) | {("kernel", "ring_end"): 3}
     assert _health("bucketprobe_events_total", now) == {(k.name.lower(),): 0 for k in Kind} | {("head",): 4}
+
+
+def test_attribution_starts_at_zero() -> None:
+    now = HealthSnapshot(labelled={"shared": 2}, evidence={"path": 3}, limited_by={"client": 4})
+    assert _health("bucketprobe_requests_labelled_total", now) == {(label,): 0 for label in LABELS} | {("shared",): 2}
+    assert _health("bucketprobe_evidence_total", now) == {(name,): 0 for name in EVIDENCE} | {("path",): 3}
+    assert _health("bucketprobe_limited_total", now) == {("client",): 4, ("server",): 0, ("storage",): 0, ("unknown",): 0}
+
+
+def test_attributed_work_by_label_and_kind() -> None:
+    work = {("exact", "storage"): Share(1 << 20, 2_500_000_000), ("unattributed", "metadata"): Share(7, 1)}
+    zeros = {(label, kind): 0 for label in LABELS for kind in ("storage", "metadata")}
+    now = HealthSnapshot(attributed=work)
+    assert _health("bucketprobe_attributed_bytes_total", now) == zeros | {("exact", "storage"): 1 << 20, ("unattributed", "metadata"): 7}
+    seconds = zeros | {("exact", "storage"): 2.5, ("unattributed", "metadata"): 1e-9}
+    assert _health("bucketprobe_attributed_seconds_total", now) == seconds
+
+
+def test_a_gap_is_one_that_a_target_has_or_that_bytes_went_through() -> None:
+    bytes_ = {("unseen", "write"): 30, ("unseen", "read"): 12, ("tls", "read"): 0}
+    now = HealthSnapshot(gap_bytes=bytes_, coverage_gaps=("io_uring",))
+    assert now.gaps == {"io_uring": 0, "unseen": 42}
+    assert _health("bucketprobe_coverage_gap", now) == {("io_uring",): 1, ("mmap",): 0, ("tls",): 0, ("unseen",): 1}
+    zeros = {(reason, way): 0 for reason in GAPS for way in ("write", "read")}
+    assert _health("bucketprobe_coverage_gap_bytes_total", now) == zeros | bytes_
+    assert HealthSnapshot().gaps == {}
 
 
 def test_losses_are_those_that_are_counted() -> None:

@@ -5,16 +5,21 @@ import errno
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bucketprobe import bpf, doctor, privileges, program
+from bucketprobe import bpf, capture, doctor, privileges, program
 from bucketprobe.config import Settings, StorageSpec, TargetSpec
 from bucketprobe.doctor import Check, Host, Report
 from bucketprobe.errors import EnvironmentLack
@@ -43,6 +48,7 @@ class Fake:
         self.settings = Settings(run_dir=str(root / "run"), cache_dir=str(root / "cache"))
         self.answer: Callable[[list[str]], tuple[int, str]] = lambda command: (0, "0.26.0")
         self.machine = "x86_64"
+        self.agent: dict[str, Any] | None = None
 
     def caps(self, mask: int) -> None:
         (self.proc / "self" / "status").write_text("".join(f"{name}:\t{mask:016x}\n" for name in privileges.CAPABILITY_SETS))
@@ -54,10 +60,19 @@ class Fake:
         (self.sys / "kernel" / "security" / "lockdown").write_text(text)
 
     def run(self) -> Report:
-        return doctor.run(self.settings, Host(str(self.proc), str(self.sys), self.machine, self.answer))
+        return doctor.run(self.settings, Host(str(self.proc), str(self.sys), self.machine, self.answer, lambda run_dir: self.agent))
 
     def check(self, name: str) -> Check:
         return next(check for check in self.run().checks if check.name == name)
+
+    def process(self, tgid: int, maps: str = "", links: tuple[str, ...] = ()) -> None:
+        folder = self.proc / str(tgid)
+        (folder / "fd").mkdir(parents=True)
+        (folder / "stat").write_text(f"{tgid} (store) S 1 " + "0 " * 15 + "1 0 100 0\n")
+        (folder / "comm").write_text("store\n")
+        (folder / "maps").write_text(maps)
+        for fd, link in enumerate(links):
+            (folder / "fd" / str(fd)).symlink_to(link)
 
 
 @pytest.fixture
@@ -224,19 +239,24 @@ def test_no_target_and_no_root_are_no_lines(fake: Fake) -> None:
     assert not {"target", "storage roots"} & {check.name for check in fake.run().checks}
 
 
+def checks_of(settings: Settings, *names: str) -> list[Check]:
+    """The checks of this host by these names, in their order; those that were not made are left out."""
+    found = {check.name: check for check in doctor.run(settings).checks}
+    return [found[name] for name in names if name in found]
+
+
 def test_the_target(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         settings = Settings(target=TargetSpec(ports=(port,)), storage=StorageSpec(roots=(str(tmp_path),)))
-        target_, storage = doctor.run(settings).checks[-2:]
+        target_, storage = checks_of(settings, "target", "storage roots")
         assert target_.status == "ok"
         assert f"[{os.getpid()}] (port {port})" in target_.found
         assert storage.status == "ok"
         both = replace(settings, target=TargetSpec(ports=(port,), pids=(os.getppid(),)))
-        assert doctor.run(both).checks[-2].status == "ok"
-    target_ = doctor.run(settings).checks[-2]
-    expect(target_, "reduced", "no process fits", "waits")
-    expect(doctor.run(both).checks[-2], "reduced", f"none listens on {port}")
+        assert checks_of(both, "target")[0].status == "ok"
+    expect(checks_of(settings, "target")[0], "reduced", "no process fits", "waits")
+    expect(checks_of(both, "target")[0], "reduced", f"none listens on {port}")
 
 
 def test_storage_roots(fake: Fake, tmp_path: Path) -> None:
@@ -248,6 +268,98 @@ def test_storage_roots(fake: Fake, tmp_path: Path) -> None:
     (fake.proc / "5" / "root" / "no" / "such" / "root").mkdir(parents=True)
     (fake.proc / "5" / "stat").write_text("5 (x) S 1 " + "0 " * 15 + "1 0 100 0\n")
     assert fake.check("storage roots").status == "ok"
+
+
+GAP_LINES = ("io_uring", "shared mappings", "TLS", "bodies on disk")
+
+
+def test_without_a_target_and_an_agent_nothing_is_said_of_gaps(fake: Fake) -> None:
+    assert not set(GAP_LINES) & {check.name for check in fake.run().checks}
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5,)), storage=StorageSpec(roots=("/srv/b",)))
+    assert not set(GAP_LINES) & {check.name for check in fake.run().checks}, "the target does not run"
+
+
+def test_an_io_uring_ring(fake: Fake) -> None:
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5, 6)))
+    fake.process(5, links=("/dev/null", "anon_inode:[eventpoll]", "socket:[12]"))
+    fake.process(6, links=("anon_inode:[io_uring]",))
+    expect(fake.check("io_uring"), "reduced", "store[6] has an io_uring ring: file work through it is not seen", "epoll alone")
+    assert "store[5]" not in fake.check("io_uring").found
+    assert "of bodies" not in fake.check("io_uring").found
+    fake.agent = {"coverage_gaps": {"io_uring": 3 << 20}}
+    assert fake.check("io_uring").found.endswith("; so far 3,145,728 bytes of bodies without file work")
+    assert fake.run().exit_code == 1, "something less is seen; nothing fails"
+    (fake.proc / "6" / "fd" / "0").unlink()
+    assert (fake.check("io_uring").status, fake.check("io_uring").cost) == ("ok", "")
+
+
+def line(permissions: str, path: str) -> str:
+    return f"7f966d95a000-7f966d95b000 {permissions} 00000000 fe:00 2146455                    {path}\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "found"),
+    [
+        ([line("rw-s", "/srv/b/data file.mdb")], "reduced", "store[5] has mapped /srv/b/data file.mdb to write to it"),
+        ([line("-w-s", "/srv/b/x (deleted)"), line("rw-s", "/srv/b/x (deleted)")], "reduced", "mapped /srv/b/x (deleted) to"),
+        ([line("rw-s", "/var/meta/index.db")], "reduced", "/var/meta/index.db"),
+        ([line("rw-s", "/srv/b/i.db-shm")], "ok", "only SQLite's -shm"),
+        ([line("r--s", "/srv/b/x"), line("rw-p", "/srv/b/x"), line("rw-s", "/srv/bb/x"), line("rw-s", "")], "ok", "no target has mapped"),
+    ],
+)
+def test_shared_mappings(fake: Fake, lines: list[str], status: str, found: str) -> None:
+    storage = StorageSpec(roots=("/srv/b",), metadata=("/var/meta/*.db",))
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5,)), storage=storage)
+    fake.process(5, maps="".join(lines))
+    check = fake.check("shared mappings")
+    assert check.status == status
+    assert found in check.found
+    if status == "reduced":
+        expect(check, "reduced", "is not seen", "by file calls")
+
+
+def test_several_that_map_are_all_named(fake: Fake) -> None:
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5, 6)), storage=StorageSpec(roots=("/srv/b",)))
+    for tgid in (5, 6):
+        fake.process(tgid, maps=line("rw-s", "/srv/b/a"))
+    assert fake.check("shared mappings").found == "store[5] has mapped /srv/b/a to write to it; store[6] too"
+
+
+def test_targets_that_may_not_be_looked_into(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5,)), storage=StorageSpec(roots=("/srv/b",)))
+    fake.process(5)
+
+    def refuse(process: str) -> list[str]:
+        raise PermissionError(errno.EACCES, process)
+
+    monkeypatch.setattr(doctor, "_rings", refuse)
+    monkeypatch.setattr(doctor, "_mapped", refuse)
+    for name in ("io_uring", "shared mappings"):
+        expect(fake.check(name), "reduced", "not known: store[5] may not be looked into", "run as root")
+
+
+def test_a_target_that_ends_meanwhile_is_no_error(fake: Fake) -> None:
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5,)), storage=StorageSpec(roots=("/srv/b",)))
+    fake.process(5)
+    (fake.proc / "5" / "maps").unlink()
+    (fake.proc / "5" / "fd").rmdir()
+    assert fake.check("io_uring").status == fake.check("shared mappings").status == "ok"
+
+
+def test_what_the_running_agent_has_seen(fake: Fake) -> None:
+    fake.agent = {"processes": {}, "coverage_gaps": {}}
+    assert (fake.check("TLS").status, fake.check("bodies on disk").status) == ("ok", "ok")
+    fake.agent = {"processes": {}, "coverage_gaps": {"tls": 0, "unseen": 4096}}
+    expect(fake.check("TLS"), "reduced", "seen it", "the requests in it are not seen", "on a port without it")
+    expect(fake.check("bodies on disk"), "reduced", "without any file work, 4,096 bytes so far", "absent", "--storage-root")
+    fake.agent = {"processes": {}}
+    assert not set(GAP_LINES) & {check.name for check in fake.run().checks}, "an agent that does not know of gaps has not seen none"
+
+
+def test_without_settings_the_running_agents_targets_are_looked_at(fake: Fake) -> None:
+    fake.process(5, links=("anon_inode:[io_uring]",))
+    fake.agent = {"processes": {"5": "port 80", "77": "gone"}, "coverage_gaps": {}}
+    expect(fake.check("io_uring"), "reduced", "store[5]")
 
 
 MIXED = Report(
@@ -288,6 +400,83 @@ def test_exit_codes(count: int, code: int, verdict: str) -> None:
 
 
 # From here on, this host.
+
+
+def test_an_agent_that_answers_is_asked(tmp_path: Path) -> None:
+    assert doctor._ask_agent(str(tmp_path)) is None
+    listener = capture.open_listener(tmp_path / "run", os.geteuid())
+    server = capture.ControlServer(listener.socket, lambda: {"coverage_gaps": {"tls": 7}}, dict)
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            if select.select([server], [], [], 0.01)[0]:
+                server.on_readable(time.monotonic())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        [tls] = checks_of(Settings(run_dir=str(tmp_path / "run")), "TLS")
+    finally:
+        done.set()
+        thread.join()
+        server.close()
+        listener.close()
+    expect(tls, "reduced", "7 bytes so far")
+
+
+MAPPED = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    held = mmap.mmap(file.fileno(), 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+PLAIN = """
+import sys
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+RING = """
+import ctypes, os, sys
+ring = ctypes.CDLL(None, use_errno=True).syscall(425, 4, ctypes.create_string_buffer(120))  # io_uring_setup
+print("ready" if ring >= 0 else os.strerror(ctypes.get_errno()), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def process(code: str, *arguments: str) -> Iterator[tuple[int, str]]:
+    """A process that runs `code`, until the block ends: its id, and the first line that it prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        yield child.pid, child.stdout.readline().strip()
+
+
+def test_a_process_that_has_mapped_a_file_of_the_store(tmp_path: Path) -> None:
+    root = tmp_path / "with space"
+    root.mkdir()
+    (root / "data").write_bytes(bytes(4096))
+    with process(MAPPED, str(root / "data")) as (pid, _):
+        settings = Settings(target=TargetSpec(pids=(pid,)), storage=StorageSpec(roots=(str(root),)))
+        [mappings] = checks_of(settings, "shared mappings")
+        expect(mappings, "reduced", f"[{pid}] has mapped {root}/data to write to it")
+        elsewhere = replace(settings, storage=StorageSpec(roots=(str(tmp_path / "other"),)))
+        assert checks_of(elsewhere, "shared mappings")[0].status == "ok"
+
+
+def test_a_process_that_has_a_ring() -> None:
+    with process(RING) as (pid, said), process(PLAIN) as (without, _):
+        if said != "ready":
+            pytest.skip(f"the kernel gives no io_uring: {said}")
+        [ring] = checks_of(Settings(target=TargetSpec(pids=(pid, without))), "io_uring")
+        expect(ring, "reduced", f"[{pid}] has an io_uring ring: file work through it is not seen")
+        assert f"[{without}]" not in ring.found
+        assert checks_of(Settings(target=TargetSpec(pids=(without,))), "io_uring")[0].status == "ok"
+
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to try bpf(2)")
 

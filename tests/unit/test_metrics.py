@@ -90,6 +90,14 @@ def test_phases_and_queue_stages() -> None:
     assert seen["bucket.artifact.write.count"] == {}
 
 
+def test_a_phase_that_was_not_seen_is_not_observed_as_zero() -> None:
+    sink = MetricsSink(TAGS)
+    sink.observe(request(phases={"network_receive": MS, "other": 6 * MS}, coverage_gaps=("io_uring",)))
+    phases = collected(sink)["bucket.artifact.phase.duration"]
+    assert [key for key, point in phases.items() if count(point)] == [("write", "network_receive"), ("write", "other")]
+    assert count(phases["write", "storage_write"]) == 0
+
+
 @pytest.mark.parametrize("operation", ["other", "unknown"])
 def test_other_traffic_is_in_no_artifact_metric(operation) -> None:
     sink, idle = MetricsSink(TAGS), MetricsSink(TAGS)

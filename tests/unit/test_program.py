@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import stat
@@ -299,7 +300,9 @@ def test_sizes_come_from_the_compiled_structures(programs: dict[str, bytes], mon
     monkeypatch.setattr(program.bpf, "map_create", create)
     assert program.create_maps(programs, {"events": 65_536}) == {spec.name: i + 1 for i, spec in enumerate(abi.MAPS)}
     assert made["events"] == (abi.RINGBUF, 0, 0, 65_536, 0)
-    assert made["work"] == (abi.HASH, 16, 80, 16_384, 0)  # struct work: eight numbers of 64 bits, four of 32
+    assert made["work"] == (abi.HASH, 16, 128, 16_384, 0)  # struct work: twelve numbers of 64 bits, eight of 32
+    assert made["fds"][:3] == (abi.HASH, 8, ctypes.sizeof(abi.FdEntry))
+    assert made["layouts"][:3] == (abi.HASH, 4, ctypes.sizeof(abi.LayoutEntry))
     assert made["conns"][2] % 8 == 0
 
 

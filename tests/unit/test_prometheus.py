@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bucketprobe.catalog import CATALOG, HEALTH, Family, HealthSnapshot, Metric, Point
 from bucketprobe.exporters.prometheus import PrometheusText
-from bucketprobe.model import Request
+from bucketprobe.model import Request, Share
 from bucketprobe.sinks.metrics import MetricsSink
 
 MS = 1_000_000
@@ -22,6 +22,10 @@ HEALTH_NOW = HealthSnapshot(
     in_flight=2,
     records=3,
     lost={("kernel", "ring_end"): 1, ("tracker", "late"): 2},
+    labelled={"exact": 2, "inferred": 1},
+    attributed={("exact", "storage"): Share(4096, 1_500_000)},
+    gap_bytes={("unseen", "write"): 77},
+    coverage_gaps=("io_uring",),
     capabilities={"effective": 0, "ambient": 0},
     accept_queue=4,
     cpu_seconds=1.25,
@@ -125,6 +129,19 @@ def test_the_agents_own_metrics(sink) -> None:
     assert 'version="1.2.3"' in text
     assert ("bucketprobe_ring_bytes", ()) not in found
     assert not [name for name, labels in found if name.startswith("bucketprobe") and "node_id" in dict(labels)]
+
+
+def test_how_sure_the_agent_is(sink) -> None:
+    found = samples(text_of(sink))
+    assert found["bucketprobe_requests_labelled_total", (("label", "inferred"),)] == 1
+    assert found["bucketprobe_requests_labelled_total", (("label", "shared"),)] == 0
+    assert found["bucketprobe_attributed_bytes_total", (("kind", "storage"), ("label", "exact"))] == 4096
+    assert found["bucketprobe_attributed_seconds_total", (("kind", "storage"), ("label", "exact"))] == 0.0015
+    assert found["bucketprobe_attributed_seconds_total", (("kind", "metadata"), ("label", "unattributed"))] == 0
+    assert found["bucketprobe_coverage_gap", (("reason", "io_uring"),)] == 1
+    assert found["bucketprobe_coverage_gap", (("reason", "mmap"),)] == 0
+    assert found["bucketprobe_coverage_gap_bytes_total", (("direction", "write"), ("reason", "unseen"))] == 77
+    assert found["bucketprobe_limited_total", (("limited_by", "unknown"),)] == 0
 
 
 def test_the_global_registry_is_left_alone(sink) -> None:

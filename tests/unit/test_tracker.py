@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from bucketprobe import abi, decode, tracker
 from bucketprobe.config import FileClasses, StorageSpec
 from bucketprobe.model import PHASES, Request
+from bucketprobe.resolve import token_bits
 
 MS = 1_000_000
 TGID, TID, RID = 100, 101, 0xABC
@@ -22,7 +24,7 @@ WALL = 1_700_000_000_000_000_000
 PUT = b"PUT /v1/bucket/artifact HTTP/1.1\r\nHost: h\r\nX-Artifact-Version: v1\r\nX-Request-ID: r-1\r\n\r\n"
 ROOT = StorageSpec(roots=("/srv/bucket",), metadata=("*.db",))
 
-Flag, Outcome = abi.RequestFlag, abi.EndOutcome
+Flag, FileFlag, Outcome = abi.RequestFlag, abi.FileFlag, abi.EndOutcome
 
 
 def event(kind: abi.Kind, data: bytes = b"", **values: int) -> Any:
@@ -34,7 +36,9 @@ def event(kind: abi.Kind, data: bytes = b"", **values: int) -> Any:
 
 
 class World:
-    """A tracker with everything around it. Requests start at 10 ms and last 100 ms unless told otherwise."""
+    """A tracker with everything around it. Requests start at 10 ms and last 100 ms unless told otherwise, and files are opened at 20 ms,
+    written from 21 to 22 ms and renamed at 30 ms. File work is that of a thread that has its request alone, but where `rid` is 0.
+    """
 
     def __init__(self) -> None:
         self.done: list[Request] = []
@@ -52,33 +56,60 @@ class World:
         self.asked.append((tgid, tracker.AT_FDCWD))
         return self.cwd_before.get(tgid)
 
-    def head(self, data: bytes = PUT, rid: int = RID, direction: abi.Direction = abi.Direction.REQUEST, last: bool = True) -> None:
-        self.tracker.feed(event(abi.Kind.HEAD, data, rid=rid, what=direction, n=len(data), conn=7, last=int(last)))
+    def head(
+        self, data: bytes = PUT, rid: int = RID, direction: abi.Direction = abi.Direction.REQUEST, last: bool = True, **values: int
+    ) -> None:
+        values = {"tid": TID, "ts": 10 * MS, "status": 201 if direction == abi.Direction.RESPONSE and last else 0} | values
+        self.tracker.feed(event(abi.Kind.HEAD, data, rid=rid, what=direction, n=len(data), conn=7, last=int(last), **values))
+
+    def answer(self, rid: int = RID, **values: int) -> None:
+        self.head(b"HTTP/1.1 201 Created\r\n\r\n", rid, abi.Direction.RESPONSE, **({"ts": 90 * MS} | values))
 
     def open(self, path: str, gen: int, *, fd: int = 5, flags: int = os.O_WRONLY, dirfd: int = tracker.AT_FDCWD, **values: int) -> None:
         raw = path.encode()
-        values = {"rid": RID, "tid": TID} | values
+        values = {"rid": RID, "tid": TID, "ts": 20 * MS} | values
+        values = {"what": FileFlag.ALONE if values["rid"] else 0} | values
         self.tracker.feed(event(abi.Kind.OPEN, raw, n=len(raw), gen=gen, fd=fd, flags=flags, dirfd=dirfd, **values))
 
     def file(self, gen: int, **values: int) -> None:
-        self.tracker.feed(event(abi.Kind.FILE, gen=gen, **({"rid": RID} | values)))
+        values = {"rid": RID, "tid": TID, "first_ns": 21 * MS, "last_ns": 22 * MS} | values
+        moved = values["last_ns"] if values.get("write_bytes") or values.get("read_bytes") else 0
+        values = {"flags": FileFlag.ALONE if values["rid"] else 0, "data_ns": moved, "ts": values["last_ns"]} | values
+        self.tracker.feed(event(abi.Kind.FILE, gen=gen, **values))
 
     def path(self, call: abi.PathCall, first: str, second: str = "", **values: int) -> None:
         a, b = first.encode(), second.encode()
-        values = {"rid": RID, "dirfd": tracker.AT_FDCWD, "dirfd2": tracker.AT_FDCWD} | values
+        values = {"rid": RID, "tid": TID, "ts": 30 * MS, "dirfd": tracker.AT_FDCWD, "dirfd2": tracker.AT_FDCWD} | values
+        values = {"file_flags": FileFlag.ALONE if values["rid"] else 0} | values
         self.tracker.feed(event(abi.Kind.PATH, a + b, what=call, n=len(a), n2=len(b), **values))
 
+    def body(self, rid: int, size: int, ts: int, **values: int) -> None:
+        self.tracker.feed(event(abi.Kind.BODY, rid=rid, bytes=size, ts=ts, **values))
+
+    def tokens(self, gen: int, text: bytes, **values: int) -> None:
+        data = token_bits(text, self.tracker.secret).to_bytes(abi.TOKEN_BITS // 8, "little")
+        self.tracker.feed(event(abi.Kind.TOKENS, data, gen=gen, n=len(data), size=len(text), **({"tid": TID, "ts": 21 * MS} | values)))
+
     def end(self, outcome: abi.EndOutcome = Outcome.COMPLETE, **values: int) -> Request | None:
-        """Ends the request; the record, if there is one now."""
+        """Ends the request; the record, if there is one at once."""
         before = len(self.done)
-        given_values = {"rid": RID, "conn": 7, "start_ns": 10 * MS, "end_ns": 110 * MS, "status": 201, "framed": 1, "ts": 110 * MS} | values
+        given_values = {"rid": RID, "conn": 7, "start_ns": 10 * MS, "end_ns": 110 * MS, "status": 201, "framed": 1} | values
+        given_values.setdefault("ts", given_values["end_ns"])
         self.tracker.feed(event(abi.Kind.END, what=outcome, **given_values))
         return self.done[-1] if len(self.done) > before else None
 
     def finished(self, **values: int) -> Request:
-        request = self.end(**values)
-        assert request is not None
-        return request
+        """The record of the request that ends now, at once or after it was held back."""
+        before = len(self.done)
+        self.end(**values)
+        self.tracker.tick(self.tracker.latest_ns + tracker.HOLD_NS + 1)
+        assert len(self.done) == before + 1
+        return self.done[-1]
+
+    def records(self) -> dict[int, Request]:
+        """All records, by request; none is held back any longer."""
+        self.tracker.flush()
+        return {int(request.id, 16): request for request in self.done}
 
 
 @pytest.fixture
@@ -131,8 +162,8 @@ def test_a_file_that_is_written_for_two_requests_counts_for_each_what_it_did(wor
     world.tracker.learn_file(9, "/srv/bucket/meta.db", os.O_RDWR)
     world.head(rid=1)
     world.head(rid=2)
-    world.file(9, rid=1, write_calls=1, write_bytes=10)
-    world.file(9, rid=2, write_calls=2, write_bytes=20)
+    world.file(9, rid=1, write_calls=1, write_bytes=10, flags=FileFlag.ALONE | FileFlag.MANY)
+    world.file(9, rid=2, write_calls=2, write_bytes=20, flags=FileFlag.ALONE | FileFlag.MANY)
     assert [world.finished(rid=rid).metadata_files.write_bytes for rid in (1, 2)] == [10, 20]
 
 
@@ -317,7 +348,7 @@ def test_a_path_relative_to_something_unknown_is_another_file(world: World) -> N
 def test_a_name_that_is_no_text(world: World) -> None:
     raw = b"/srv/bucket/\xff\xfe"
     world.head()
-    world.tracker.feed(event(abi.Kind.OPEN, raw, n=len(raw), gen=1, rid=RID, dirfd=tracker.AT_FDCWD))
+    world.tracker.feed(event(abi.Kind.OPEN, raw, n=len(raw), gen=1, rid=RID, what=FileFlag.ALONE, dirfd=tracker.AT_FDCWD))
     assert opened_as(world) == "files"
 
 
@@ -397,23 +428,18 @@ def stored(world: World) -> None:
     world.file(1, write_calls=1, write_bytes=1000, write_ns=5 * MS)
 
 
-def test_an_interleaved_request_claims_no_file_work(world: World) -> None:
-    stored(world)
-    request = world.finished(flags=Flag.INTERLEAVED)
-    assert request.attribution.label == "unattributed"
-    assert request.attribution.unattributed_bytes == 1000
-    assert not any(request.files.record().values())
-    assert not {"storage_write", "storage_sync", "storage_read", "metadata"} & request.phase_totals.keys()
-    assert sum(request.phases.values()) == 100 * MS
-
-
-@pytest.mark.parametrize(("values", "label"), [({}, "exact"), ({"flags": Flag.MOVED}, "inferred"), ({"lost": 1}, "inferred")])
+@pytest.mark.parametrize(
+    ("values", "label"),
+    [({}, "exact"), ({"flags": Flag.MOVED}, "exact"), ({"flags": Flag.INTERLEAVED}, "exact"), ({"lost": 1}, "inferred")],
+)
 def test_work_that_may_not_be_all_is_inferred(world: World, values: dict[str, int], label: str) -> None:
+    """What a thread did while it had the request alone is the request's, whatever came later."""
     stored(world)
     request = world.finished(**values)
     assert request.attribution.label == label
     assert request.attribution.evidence == ("thread",)
     assert request.files.write_bytes == 1000
+    assert {name: (share.bytes, share.ns) for name, share in request.attribution.by_label.items()} == {label: (1000, 5 * MS)}
 
 
 def test_a_request_that_touches_no_file_is_exact(world: World) -> None:
@@ -423,30 +449,47 @@ def test_a_request_that_touches_no_file_is_exact(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("first", "last", "tgid", "counts"),
-    [
-        (20, 30, TGID, True),
-        (0, 11, TGID, True),
-        (109, 200, TGID, True),
-        (0, 10, TGID, False),
-        (110, 120, TGID, False),
-        (20, 30, TGID + 1, False),
-    ],
+    [(0, 11, TGID, True), (9, 100, TGID, True), (0, 10, TGID, False), (0, 11, TGID + 1, True)],
 )
-def test_untied_work_in_the_window_is_said(world: World, first: int, last: int, tgid: int, counts: bool) -> None:
-    """Of the same process, and while the request lived."""
+def test_work_that_began_before_any_request_is_nobodys(world: World, first: int, last: int, tgid: int, counts: bool) -> None:
+    """But what went on while a request lived is said with it: who knows what one process does for another."""
     world.tracker.learn_file(5, "/srv/bucket/late", os.O_WRONLY)
     world.head()
-    world.file(5, rid=0, tgid=tgid, write_bytes=300, read_bytes=4, first_ns=first * MS, last_ns=last * MS)
+    times = {"first_ns": first * MS, "last_ns": last * MS}
+    world.file(5, rid=0, flags=FileFlag.MANY, tgid=tgid, write_bytes=300, read_bytes=4, **times)
+    assert world.tracker.unattributed["storage"].bytes == 304
     request = world.finished()
     assert request.attribution.unattributed_bytes == (304 if counts else 0)
     assert request.attribution.label == ("unattributed" if counts else "exact")
     assert request.files.write_bytes == 0
 
 
-def test_untied_work_beside_own_work_leaves_the_label(world: World) -> None:
+def test_work_after_a_request_is_not_said_with_it(world: World) -> None:
+    """Not even where the request is held back."""
     world.tracker.learn_file(5, "/srv/bucket/late", os.O_WRONLY)
     stored(world)
-    world.file(5, rid=0, write_bytes=300, first_ns=20 * MS, last_ns=30 * MS)
+    world.end(Outcome.CLIENT_CLOSED)
+    world.file(5, rid=0, flags=FileFlag.MANY, write_bytes=300, first_ns=110 * MS, last_ns=120 * MS)
+    world.tracker.flush()
+    [request] = world.done
+    assert (request.attribution.unattributed_bytes, request.files.write_bytes) == (0, 1000)
+    assert world.tracker.unattributed["storage"].bytes == 300
+
+
+def test_work_of_another_thread_is_the_only_requests_by_the_window(world: World) -> None:
+    world.tracker.learn_file(5, "/srv/bucket/late", os.O_WRONLY)
+    world.head()
+    world.file(5, rid=0, tid=TID + 1, flags=FileFlag.MANY, write_bytes=300, first_ns=20 * MS, last_ns=30 * MS)
+    request = world.finished()
+    assert (request.attribution.label, request.attribution.evidence, request.files.write_bytes) == ("inferred", ("window",), 300)
+    assert request.attribution.unattributed_bytes == 0
+
+
+def test_untied_work_beside_own_work_leaves_the_label(world: World) -> None:
+    """A thread that does its request's work itself has no other do it."""
+    world.tracker.learn_file(5, "/srv/bucket/late", os.O_WRONLY)
+    stored(world)
+    world.file(5, rid=0, tid=TID + 1, flags=FileFlag.MANY, write_bytes=300, first_ns=20 * MS, last_ns=30 * MS)
     request = world.finished()
     assert (request.attribution.label, request.attribution.unattributed_bytes) == ("exact", 300)
 
@@ -454,8 +497,9 @@ def test_untied_work_beside_own_work_leaves_the_label(world: World) -> None:
 def test_untied_work_on_other_files_does_not_matter(world: World) -> None:
     world.tracker.learn_file(5, "/var/log/x", os.O_WRONLY)
     world.head()
-    world.file(5, rid=0, write_bytes=300, first_ns=20 * MS, last_ns=30 * MS)
+    world.file(5, rid=0, flags=FileFlag.MANY, write_bytes=300, first_ns=5 * MS, last_ns=30 * MS)
     assert world.finished().attribution.unattributed_bytes == 0
+    assert world.tracker.unattributed == {}
 
 
 def test_work_that_comes_after_its_request_is_counted_as_late(world: World) -> None:
@@ -463,6 +507,7 @@ def test_work_that_comes_after_its_request_is_counted_as_late(world: World) -> N
     world.finished()
     world.file(1, write_bytes=10)
     assert world.tracker.lost["late_file"] == 1
+    assert world.tracker.unattributed["storage"].bytes == 10
 
 
 def test_lost_events_are_the_kernels_count(world: World) -> None:
@@ -477,10 +522,10 @@ def test_lost_events_are_the_kernels_count(world: World) -> None:
 def test_an_aborted_request_waits_for_its_threads_last_work(world: World, outcome: abi.EndOutcome) -> None:
     stored(world)
     assert world.end(outcome, status=0) is None
-    world.tracker.tick(110 * MS + tracker.GRACE_NS)
+    world.tracker.tick(110 * MS + tracker.HOLD_NS)
     assert world.done == []
     world.file(1, write_calls=1, write_bytes=24)
-    world.tracker.tick(110 * MS + tracker.GRACE_NS + 1)
+    world.tracker.tick(110 * MS + tracker.HOLD_NS + 1)
     [request] = world.done
     assert (request.outcome, request.status, request.files.write_bytes) == (outcome.name.lower(), None, 1024)
 
@@ -617,8 +662,10 @@ def test_untied_work_is_bounded(world: World) -> None:
     world.tracker.learn_file(5, "/srv/bucket/late", 0)
     world.head()
     for _ in range(tracker.MAX_UNTIED + 100):
-        world.file(5, rid=0, write_bytes=1, first_ns=20 * MS, last_ns=30 * MS)
+        world.file(5, rid=0, flags=FileFlag.MANY, write_bytes=1, first_ns=5 * MS, last_ns=30 * MS)
     assert world.finished().attribution.unattributed_bytes == tracker.MAX_UNTIED
+    assert world.tracker.lost["evicted_untied"] == 100
+    assert world.tracker.unattributed["storage"].bytes == tracker.MAX_UNTIED + 100
 
 
 def test_what_is_finished_is_forgotten(world: World) -> None:
@@ -635,3 +682,404 @@ def test_a_process_that_ends_takes_its_working_directory_along(world: World) -> 
     world.head()
     world.open("a", 1)
     assert opened_as(world) == "other_files"
+
+
+# --- Whose work, where threads serve many ------------------------------------------------------------------------
+
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+DIGEST = sha256(b"one").hexdigest()
+
+
+def put(name: str, version: str = "v1", *more: str) -> bytes:
+    lines = (f"PUT /v1/bucket/{name} HTTP/1.1", "Host: h", f"X-Artifact-Version: {version}", *more, "", "")
+    return "\r\n".join(lines).encode()
+
+
+def get(name: str, version: str = "v1") -> bytes:
+    return f"GET /v1/bucket/{name}?version={version} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+
+
+class Pool(World):
+    """Requests 1 and 2 upload or read, in flight from 10 to 110 ms, and threads of a pool do the file work."""
+
+    def begin(self, *heads: bytes) -> None:
+        for rid, data in enumerate(heads, 1):
+            self.head(data, rid, tid=50)
+
+    def written(self, gen: int, path: str, size: int, *, tid: int = 60, closed: int = 1, flags: int = NEW, **values: int) -> None:
+        self.open(path, gen, rid=0, tid=tid, flags=flags)
+        self.file(gen, rid=0, tid=tid, what=closed, write_calls=1, write_bytes=size, **({"write_ns": MS} | values))
+
+    def read(self, gen: int, path: str, size: int, *, tid: int = 60, **values: int) -> None:
+        self.open(path, gen, rid=0, tid=tid, flags=os.O_RDONLY)
+        self.file(gen, rid=0, tid=tid, what=1, read_calls=1, read_bytes=size, read_ns=MS, **values)
+
+    def done_by(self, **of: dict[str, int]) -> dict[int, Request]:
+        """The records of requests 1 and 2, which end interleaved; `r1` and `r2` are what their ends say."""
+        for rid in (1, 2):
+            values = {"flags": Flag.INTERLEAVED, "received_ns": 15 * MS, "answered_ns": 100 * MS} | of.get(f"r{rid}", {})
+            self.end(rid=rid, **values)
+        self.tracker.tick(self.tracker.latest_ns + tracker.HOLD_NS + 1)
+        return {int(request.id, 16): request for request in self.done}
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool()
+
+
+def told(request: Request) -> tuple[str, tuple[str, ...]]:
+    return request.attribution.label, request.attribution.evidence
+
+
+def test_uploads_at_once_are_told_apart_by_their_paths(pool: Pool) -> None:
+    pool.begin(put("one"), put("two"))
+    pool.written(2, "/srv/bucket/two/v1", 2000, tid=61)
+    pool.written(1, "/srv/bucket/one/v1", 1000)
+    found = pool.done_by()
+    assert {rid: (request.files.opens, request.files.write_bytes, *told(request)) for rid, request in found.items()} == {
+        1: (1, 1000, "exact", ("path",)),
+        2: (1, 2000, "exact", ("path",)),
+    }
+    assert all(request.phases["storage_write"] == MS for request in found.values())
+
+
+def test_a_file_is_known_by_the_name_that_it_gets_later(pool: Pool) -> None:
+    pool.begin(put("one"), put("two"))
+    pool.written(1, "/srv/bucket/tmp/3f2a", 1000)
+    pool.path(abi.PathCall.RENAME, "/srv/bucket/tmp/3f2a", "/srv/bucket/two/v1", rid=0, tid=63, ns=2 * MS)
+    found = pool.done_by()
+    assert (found[1].files.write_bytes, found[2].files.write_bytes, found[2].files.renames) == (0, 1000, 1)
+    assert told(found[2]) == ("exact", ("path",))
+    assert found[2].phases["storage_write"] == 3 * MS
+
+
+def test_a_file_outside_of_the_store_that_is_renamed_into_it(pool: Pool) -> None:
+    """Also where another request ends before it has its name."""
+    pool.begin(put("one"), put("three"))
+    pool.written(1, "/srv/tmp/3f2a", 1000)
+    pool.end(rid=2, flags=Flag.INTERLEAVED, status=404, end_ns=25 * MS)
+    pool.path(abi.PathCall.RENAME, "/srv/tmp/3f2a", "/srv/bucket/one/v1", rid=0, tid=63, ns=2 * MS)
+    pool.end(rid=1, flags=Flag.INTERLEAVED, answered_ns=100 * MS)
+    found = pool.records()
+    assert (found[1].files.write_bytes, found[2].files.write_bytes) == (1000, 0)
+    assert told(found[1]) == ("exact", ("path",))
+
+
+@pytest.mark.parametrize("by_descriptor", [True, False])
+def test_a_file_without_a_name_gets_one_by_a_link(pool: Pool, by_descriptor: bool) -> None:
+    """O_TMPFILE and linkat: by AT_EMPTY_PATH, or by its name in /proc."""
+    pool.begin(put("one"), put("two"))
+    pool.open("/srv/bucket", 1, rid=0, fd=9, flags=os.O_WRONLY | tracker.O_TMPFILE)
+    pool.file(1, rid=0, write_calls=1, write_bytes=1000)
+    if by_descriptor:
+        pool.path(abi.PathCall.LINK, "", "/srv/bucket/two/v1", rid=0, dirfd=9, dirgen=1)
+    else:
+        pool.path(abi.PathCall.LINK, "/proc/self/fd/9", "/srv/bucket/two/v1", rid=0)
+    pool.file(1, rid=0, what=1, first_ns=40 * MS, last_ns=41 * MS)
+    found = pool.done_by()
+    assert (found[2].files.opens, found[2].files.write_bytes, *told(found[2])) == (1, 1000, "exact", ("path",))
+    assert found[1].files.write_bytes == 0
+
+
+def test_a_file_that_is_closed_after_the_answer_belongs_to_it(pool: Pool) -> None:
+    """As nginx does it; the close is its, too."""
+    pool.begin(put("one"), put("two"))
+    pool.written(1, "/srv/bucket/two/v1", 1000, closed=0)
+    for rid in (1, 2):
+        assert pool.end(rid=rid, flags=Flag.INTERLEAVED, answered_ns=100 * MS) is None
+    pool.file(1, rid=0, what=1, other_ns=3 * MS, first_ns=111 * MS, last_ns=112 * MS)
+    found = pool.records()
+    assert found[2].files.write_bytes == 1000
+    assert found[2].phase_totals["storage_write"] == 4 * MS
+    assert found[1].files.write_bytes == 0
+
+
+def test_a_call_from_the_file_to_the_connection_is_sure(pool: Pool) -> None:
+    pool.begin(get("one"), get("one"))
+    pool.open("/srv/bucket/one/v1", 1, rid=0, flags=os.O_RDONLY)
+    pool.file(1, rid=2, flags=FileFlag.SAME_CALL, read_calls=1, read_bytes=500, what=1)
+    found = pool.done_by()
+    assert (found[1].files.read_bytes, found[2].files.read_bytes) == (0, 500)
+    assert found[2].attribution.label == "exact"
+    assert "same_call" in found[2].attribution.evidence
+
+
+@pytest.mark.parametrize(("flags", "opens"), [(os.O_RDONLY | os.O_DIRECTORY, 0), (os.O_WRONLY | tracker.O_TMPFILE, 1), (os.O_RDONLY, 1)])
+def test_a_directory_that_is_opened_is_no_file(world: World, flags: int, opens: int) -> None:
+    """It costs the same time."""
+    world.head()
+    world.open("/srv/bucket", 1, flags=flags, ns=3 * MS)
+    request = world.finished()
+    assert (request.files.opens, request.phases["storage_write"]) == (opens, 3 * MS)
+
+
+def test_a_small_file_says_whose_it_is(pool: Pool) -> None:
+    """In a file of its own the digest is sure."""
+    pool.tracker.secret = 0x9E3779B97F4A7C15
+    pool.begin(put("one", "v1", f"X-Artifact-Digest: sha256:{DIGEST}"), put("two"))
+    pool.open("/srv/bucket/77.db", 1, rid=0, tid=60, flags=NEW)
+    pool.tokens(1, b'{"digest": "' + DIGEST.encode() + b'"}', tid=60)
+    pool.file(1, rid=0, tid=60, what=1, write_calls=1, write_bytes=80)
+    found = pool.done_by()
+    assert (found[1].metadata_files.write_bytes, *told(found[1])) == (80, "exact", ("token",))
+    assert found[2].metadata_files.write_bytes == 0
+
+
+def test_a_row_in_a_file_of_many_says_whose_it_is_likely_to_be(pool: Pool) -> None:
+    pool.tracker.secret = 0x9E3779B97F4A7C15
+    pool.tracker.learn_file(9, "/srv/bucket/meta.db", os.O_RDWR)
+    pool.begin(put("one", "v1", f"X-Artifact-Digest: sha256:{DIGEST}"), put("two"))
+    for tid, text in ((60, DIGEST.encode()), (61, b"nothing that anybody knows")):
+        pool.tokens(9, text, tid=tid)
+        pool.file(9, rid=0, tid=tid, flags=FileFlag.MANY, write_calls=1, write_bytes=4096 + tid, ts=tid * MS)
+    found = pool.done_by()
+    assert found[1].metadata_files.write_bytes >= 4096 + 60
+    assert "token" in found[1].attribution.evidence
+    assert found[1].attribution.by_label["inferred"].bytes >= 4096 + 60
+    assert "exact" not in found[1].attribution.by_label
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
+def test_an_interim_response_is_no_answer(pool: Pool, pieces: bool) -> None:
+    """A body that is written after it is still written before the answer."""
+    pool.begin(put("one"), put("two"))
+    text = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nX-Request-ID: none\r\n\r\n"
+    for data, last in [(text[:30], False), (text[30:], True)] if pieces else [(text, True)]:
+        pool.head(data, 1, abi.Direction.RESPONSE, last, status=103, ts=12 * MS)
+    pool.written(1, "/srv/bucket/tmp/3f2a", 1000, print=5, printed=32)
+    pool.answer(1)
+    found = pool.done_by(r1={"answered_ns": 0, "bytes_in": 1000, "print_in": 5, "printed_in": 32}, r2={"bytes_in": 999})
+    assert (found[1].files.write_bytes, *told(found[1])) == (1000, "exact", ("bytes",))
+    assert found[1].request_id is None
+
+
+def test_a_sync_for_many_is_shared_by_all_and_counted_once(pool: Pool) -> None:
+    pool.tracker.learn_file(9, "/srv/bucket/journal", os.O_RDWR)
+    pool.begin(put("one"), put("two"))
+    pool.file(9, rid=0, flags=FileFlag.MANY, syncs=1, sync_ns=7 * MS + 1, data_ns=22 * MS)
+    found = pool.done_by()
+    assert sum(request.phases["storage_sync"] for request in found.values()) == 7 * MS + 1
+    assert all(request.phases["storage_sync"] >= 3 * MS for request in found.values())
+    assert sum(request.files.syncs for request in found.values()) == 1
+    for request in found.values():
+        assert request.attribution.label == "shared"
+        assert request.attribution.candidates == ("0000000000000001", "0000000000000002")
+
+
+def test_what_the_kernel_could_not_tell_makes_nothing_exact(world: World) -> None:
+    """Events about file work that were lost between its head and its end; those before it do not matter."""
+    world.head(lost_files=3)
+    world.open("/srv/bucket/a", 1)
+    request = world.finished(lost_files=5)
+    assert (request.attribution.label, request.lost_events) == ("inferred", 2)
+    world.head(rid=2, lost_files=5)
+    world.open("/srv/bucket/b", 2, rid=2)
+    request = world.finished(rid=2, lost_files=5)
+    assert (request.attribution.label, request.lost_events) == ("exact", 0)
+
+
+@pytest.mark.parametrize(("lost", "label"), [(0, "exact"), (1, "inferred")])
+def test_where_heads_were_lost_nobody_is_the_only_one_that_fits(pool: Pool, lost: int, label: str) -> None:
+    """Before its own head came: there may be another request with the same body, of which nothing is known."""
+    pool.head(put("one"), 1, tid=50, lost_files=lost)
+    pool.written(1, "/srv/bucket/tmp/3f2a", 1000, print=5, printed=32)
+    of = {"answered_ns": 100 * MS, "received_ns": 15 * MS, "bytes_in": 1000, "print_in": 5, "printed_in": 32, "lost_files": lost}
+    request = pool.finished(rid=1, flags=Flag.INTERLEAVED, **of)
+    assert (request.files.write_bytes, *told(request)) == (1000, label, ("bytes",))
+    assert request.lost_events == 0
+
+
+def test_a_record_waits_only_where_work_may_still_come(pool: Pool) -> None:
+    pool.begin(put("one"), put("two"))
+    assert pool.end(rid=1, flags=Flag.INTERLEAVED) is not None
+    pool.written(2, "/srv/bucket/two/v1", 1000, closed=0)
+    assert pool.end(rid=2, flags=Flag.INTERLEAVED) is None
+    pool.tracker.tick(110 * MS + tracker.HOLD_NS)
+    assert len(pool.done) == 1
+    pool.tracker.tick(110 * MS + tracker.HOLD_NS + 1)
+    assert len(pool.done) == 2
+
+
+def test_work_while_no_request_is_in_flight_is_nobodys(world: World) -> None:
+    world.tracker.learn_file(5, "/srv/bucket/late", os.O_WRONLY)
+    world.tracker.learn_file(6, "/srv/bucket/meta.db", os.O_WRONLY)
+    world.tracker.learn_file(7, "/var/log/x", os.O_WRONLY)
+    for gen in (5, 6, 7):
+        world.file(gen, rid=0, flags=FileFlag.MANY, write_bytes=100 + gen, write_ns=gen)
+    assert {kind: (share.bytes, share.ns) for kind, share in world.tracker.unattributed.items()} == {
+        "storage": (105, 5),
+        "metadata": (106, 6),
+    }
+
+
+def test_what_was_opened_and_is_never_closed_is_nobodys_after_a_while(world: World) -> None:
+    world.open("/srv/bucket/late", 1, rid=0, flags=NEW, ns=7)
+    world.tracker.tick(tracker.PENDING_NS)
+    assert world.tracker.unattributed == {}
+    world.tracker.tick(2 * tracker.PENDING_NS)
+    assert world.tracker.unattributed["storage"].ns == 7
+
+
+def test_counters_of_attributed_work_are_the_records_sums(pool: Pool) -> None:
+    pool.begin(put("one"), put("two"))
+    pool.written(1, "/srv/bucket/one/v1", 1000)
+    pool.written(2, "/srv/bucket/two/v1.db", 50)
+    found = pool.done_by()
+    shares = [share for request in found.values() for share in request.attribution.by_label.values()]
+    assert sum(share.bytes for share in shares) == sum(share.bytes for share in pool.tracker.attributed.values()) == 1050
+    assert sum(share.ns for share in shares) == sum(share.ns for share in pool.tracker.attributed.values()) == 2 * MS
+    assert {kind for _, kind in pool.tracker.attributed} == {"storage", "metadata"}
+
+
+# --- Which keys mean something -----------------------------------------------------------------------------------
+
+
+def by_key(world: World, tgid: int = TGID) -> Request:
+    """A request of which only the key of its task says that the file is its, with another in flight."""
+    for rid in (1, 2):
+        world.head(put(f"a{rid}"), rid, tid=50, key=70 + rid, tgid=tgid)
+    world.open("/srv/bucket/tmp/3f2a", 1, rid=0, key=72, flags=NEW, tgid=tgid)
+    world.file(1, rid=0, key=72, what=1, write_bytes=10, tgid=tgid)
+    for rid in (1, 2):
+        world.end(rid=rid, flags=Flag.INTERLEAVED, tgid=tgid)
+    world.tracker.flush()
+    [request] = [request for request in world.done if request.id[-1] == "2"]
+    return request
+
+
+@pytest.mark.parametrize("kind", [abi.Runtime.GO, abi.Runtime.GO_CGO])
+def test_a_goroutine_is_believed_from_the_start(world: World, kind: abi.Runtime) -> None:
+    world.tracker.learn_runtime(TGID, kind)
+    assert told(by_key(world)) == ("exact", ("goroutine",))
+
+
+@pytest.mark.parametrize("kind", [abi.Runtime.NONE, abi.Runtime.CPYTHON])
+def test_a_key_of_which_nothing_is_known_is_not(world: World, kind: abi.Runtime) -> None:
+    world.tracker.learn_runtime(TGID, kind)
+    assert by_key(world).attribution.label != "exact"
+
+
+def test_a_child_runs_what_its_parent_does(world: World) -> None:
+    world.tracker.learn_runtime(TGID, abi.Runtime.GO)
+    world.tracker.inherit(TGID + 1, TGID)
+    assert told(by_key(world, TGID + 1)) == ("exact", ("goroutine",))
+
+
+def test_what_was_known_of_a_process_ends_with_it(world: World) -> None:
+    """Also where a request of it was held back, or still in flight, when it ended."""
+    world.tracker.learn_runtime(TGID, abi.Runtime.GO)
+    world.tracker.learn_uring(TGID)
+    world.head(rid=9)
+    world.tracker.forget_process(TGID)
+    world.end(Outcome.SERVER_CLOSED, rid=9)
+    world.tracker.flush()
+    request = by_key(world)
+    assert "goroutine" not in request.attribution.evidence
+
+
+# --- What cannot be seen -----------------------------------------------------------------------------------------
+
+
+def mapped(world: World, path: str) -> None:
+    world.open(path, 1, rid=0)
+    world.file(1, rid=0, what=0)
+    world.tracker.feed(event(abi.Kind.MAP, gen=1, size=4096, prot=3, flags=1, ts=20 * MS))
+
+
+@pytest.mark.parametrize(
+    ("out_of_sight", "reason"),
+    [
+        (lambda world: None, "unseen"),
+        (lambda world: world.tracker.learn_uring(TGID), "io_uring"),
+        (lambda world: world.tracker.learn_uring(TGID + 1), "unseen"),
+        (lambda world: mapped(world, "/srv/bucket/data"), "mmap"),
+        (lambda world: mapped(world, "/usr/lib/libc.so"), "unseen"),
+        (lambda world: (world.tracker.learn_uring(TGID + 1), world.tracker.inherit(TGID, TGID + 1)), "io_uring"),
+    ],
+)
+def test_a_body_without_file_work_is_a_gap_with_a_reason(world: World, out_of_sight: Callable[[World], object], reason: str) -> None:
+    out_of_sight(world)
+    world.tracker.tick(60_000 * MS)  # what was mapped had been opened long before
+    later = {"start_ns": 60_010 * MS, "end_ns": 60_110 * MS}
+    world.head(ts=60_010 * MS)
+    assert world.finished(bytes_in=700, **later).coverage_gaps == (reason,)
+    world.head(get("artifact"), rid=2, ts=60_010 * MS)
+    assert world.finished(rid=2, status=200, bytes_out=900, **later).coverage_gaps == (reason,)
+    assert world.tracker.gap_bytes == {(reason, "write"): 700, (reason, "read"): 900}
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (PUT, {"bytes_in": 700, "status": 409}),
+        (PUT, {"bytes_in": 700, "status": 200}),  # it was there already
+        (PUT, {"bytes_in": 0}),
+        (PUT, {"bytes_in": 700, "lost": 1}),
+        (get("artifact"), {"status": 404, "bytes_out": 90}),
+        (get("artifact"), {"status": 200, "bytes_out": 0}),
+        (b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n", {"status": 200, "bytes_out": 5}),
+    ],
+)
+def test_what_needs_no_file_work_is_no_gap(world: World, data: bytes, values: dict[str, int]) -> None:
+    world.head(data)
+    assert world.finished(**values).coverage_gaps == ()
+    assert world.tracker.gap_bytes == {}
+
+
+def test_a_body_with_file_work_is_no_gap(world: World) -> None:
+    stored(world)
+    assert world.finished(bytes_in=1000).coverage_gaps == ()
+
+
+# --- Who waited for whom -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({"client_ns": 60 * MS}, "client"),
+        ({"send_ns": 60 * MS}, "client"),
+        ({"client_ns": 30 * MS, "send_ns": 30 * MS}, "client"),
+        ({"server_ns": 60 * MS}, "server"),
+        ({}, "server"),
+        ({"client_ns": 20 * MS, "sync": 50 * MS}, "storage"),
+        ({"sync": 30 * MS, "client_ns": 20 * MS}, "server"),
+    ],
+)
+def test_the_one_that_took_most_of_the_time_limited_it(world: World, values: dict[str, int], limit: str) -> None:
+    world.head()
+    world.open("/srv/bucket/a", 1)
+    world.file(1, syncs=1, sync_ns=values.pop("sync", 0))
+    request = world.finished(flags=Flag.QUEUE_SEEN, first_read_ns=10 * MS, **values)
+    assert request.limited_by == limit
+    assert (request.client_wait_ns, request.server_wait_ns) == (values.get("client_ns", 0), values.get("server_ns", 0))
+
+
+def test_where_nobody_tells_when_bytes_come_nobody_is_blamed(world: World) -> None:
+    world.head()
+    request = world.finished(client_ns=5, server_ns=6)
+    assert (request.client_wait_ns, request.server_wait_ns, request.limited_by) == (None, None, None)
+
+
+# --- More bounds -------------------------------------------------------------------------------------------------
+
+
+def test_work_that_waits_is_bounded_and_what_is_pushed_out_is_nobodys(world: World) -> None:
+    world.tracker.learn_file(5, "/srv/bucket/late", 0)
+    world.head()
+    with bound("MAX_PENDING", 10):
+        for _ in range(15):
+            world.file(5, rid=0, flags=FileFlag.MANY, write_bytes=1)
+    assert world.tracker.lost["evicted_work"] == 5
+    assert world.tracker.unattributed["storage"].bytes == 5
+
+
+def test_records_that_are_held_are_bounded(world: World) -> None:
+    with bound("MAX_HELD", 10):
+        for rid in range(1, 16):
+            world.head(rid=rid)
+            world.end(Outcome.CLIENT_CLOSED, rid=rid)
+        assert len(world.done) == 5
+    world.tracker.flush()
+    assert len(world.done) == 15
