@@ -126,7 +126,7 @@ class Agent:
         try:
             second = 0.0
             while not self._stop:
-                ready_sources = {fd for fd, _ in poll.poll(PERIOD_SECONDS)}
+                ready_sources = {fd for fd, _ in poll.poll(0 if self._tracker.due else PERIOD_SECONDS)}
                 if wake.fileno() in ready_sources:
                     wake.recv(64)
                 if link.fileno() in ready_sources:

@@ -6,7 +6,7 @@ file (from its opening to its close) is compared with what it saw of each reques
 many bytes, which first bytes. What no single request fits is shared or nobody's, and says so. docs/attribution.md has the rules
 as a reader sees them; docs/0003-late-resolution.md why they are these.
 
-Pure: nothing here knows of events, clocks or the kernel. Times are CLOCK_MONOTONIC in ns, 0 where something did not happen.
+Pure: nothing here knows of events or clocks. Times are CLOCK_MONOTONIC in ns, 0 where something did not happen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bucketprobe.abi import TOKEN_BITS, TOKEN_WINDOW
 from bucketprobe.model import FileWork, Label
 
 FileClass = Literal["storage", "metadata", "other"]
@@ -36,11 +37,10 @@ UNKNOWN = -1
 BUCKET_BITS = 27
 #: How much of a thread's or a task's past is kept, in pieces.
 PAST = 16
-#: The least that a name must have to be looked for in a small write: the length of its pieces.
-TOKEN_WINDOW = 6
-#: Of how many bits the set of a write's pieces is; and how unlikely it must be that a name is found there by chance.
-TOKEN_BITS = 4096
+#: How unlikely it must be that a name is found in a small write by chance.
 TOKEN_CHANCE = 1e-6
+#: A hash's highest bits choose the bit of the set (see abi.TokensEvent).
+_TOKEN_SHIFT = 64 - (TOKEN_BITS.bit_length() - 1)
 
 _MASK = (1 << 64) - 1
 
@@ -108,7 +108,7 @@ def token_bits(text: bytes, secret: int) -> int:
     bits = 0
     for i in range(len(text) - TOKEN_WINDOW + 1):
         value = int.from_bytes(text[i : i + TOKEN_WINDOW], "big") * secret & _MASK
-        bits |= 1 << (((value ^ value >> 32) * secret & _MASK) >> 52)
+        bits |= 1 << (((value ^ value >> 32) * secret & _MASK) >> _TOKEN_SHIFT)
     return bits
 
 
@@ -232,7 +232,7 @@ class Live:
     pieces: list[Piece] = field(default_factory=list)
     candidates: set[int] = field(default_factory=set)
     doubts: dict[FileClass, Label] = field(default_factory=dict)  # work that went to another, and might be its own
-    untied: int = 0
+    left: bool = False  # something of its time was left undecided when its record was made
 
     def spans(self, unit: Unit) -> bool:
         """It had begun before the work, and was not over before its last byte."""
@@ -352,7 +352,6 @@ class Process:
         self._decided = 0
         self._one_thread = Trust(tolerated=TRUST_DISAGREEMENT)  # whether one thread does all of a file
         self._tid_past: dict[int, deque[tuple[int, Live]]] = {}
-        self._key_past: dict[int, Live] = {}
         self.uring = False
         self.mapped = False
         self.ended = False
@@ -396,7 +395,6 @@ class Process:
                 entries.remove(live)
             if not entries:
                 self.by_key.pop(key, None)
-                self._key_past.pop(key, None)
 
     def awaits(self, live: Live) -> bool:
         """Whether there is work that began in its time and that nobody has yet."""
@@ -434,21 +432,34 @@ class Process:
                     yield self._decided_on(unit, decision)
 
     def settle(self, live: Live) -> Iterable[tuple[Unit, Decision]]:
-        """Decides on what lies within a request's life, as far as it can be decided now, and takes it off the list."""
+        """Decides on what lies within a request's life and may be its own, and takes it off the list.
+
+        Where more may be known later (a rename, the end of a body, the close) and it is more likely another's, it stays there.
+        """
         for unit in self.pending.during(live.begun_ns, live.ended_ns):
-            if not (unit.data_ns or unit.file.closed) or unit.until_ns > live.ended_ns:
+            decision = self.decide(unit) if self._asks(unit, live) else None
+            if decision and self._is_final(unit, live, decision):
+                yield self._decided_on(unit, decision)
+            else:
                 unit.gone.append(live)
-                continue
-            decision = self.decide(unit)
-            certain = decision.label == "exact"
-            if not unit.ready and (not certain or decision.evidence in ("thread", "last_socket")):
-                unit.gone.append(live)
-                continue  # more may come
-            open_to_some = live not in decision.candidates or unit.file.kind == "other"
-            if not certain and open_to_some and any(not other.ended_ns for other in decision.candidates):
-                unit.gone.append(live)
-                continue  # what it needs may come: a rename, the end of a body
-            yield self._decided_on(unit, decision)
+                live.left = live.left or unit.work.write_bytes > 0 or not unit.ready
+
+    @staticmethod
+    def _asks(unit: Unit, live: Live) -> bool:
+        """Whether it may be the request's at all: else deciding is left to others, of whom there may be hundreds."""
+        if not (unit.data_ns or unit.file.closed) or unit.until_ns > live.ended_ns:
+            return False
+        if _speaks_for(unit, live):
+            return True
+        return unit.ready and bool(_bytes_fit(unit, live) or _print_fits(unit, live) or not unit.bytes or not live.has_body(unit))
+
+    def _is_final(self, unit: Unit, live: Live, decision: Decision) -> bool:
+        if decision.label == "exact":
+            return unit.ready or decision.evidence == self.key_name
+        if not unit.ready:
+            return False
+        unlikely = live not in decision.candidates or unit.file.kind == "other"
+        return not (unlikely and any(not other.ended_ns for other in decision.candidates))
 
     def _decided_on(self, unit: Unit, decision: Decision) -> tuple[Unit, Decision]:
         self.pending.discard(unit)
@@ -615,9 +626,6 @@ class Process:
         opener = self._by_key(unit, unit.file.opener_key) if not unit.file.many else None
         if opener in among:
             return Decision((opener,), "inferred", self.key_name, among)
-        past = self._key_past.get(unit.key) if unit.key else None
-        if past in among:
-            return Decision((past,), "inferred", self.key_name, among)
         if unit.threads == 1 and not several and self._one_thread.holds:
             before = self._before(unit)
             if before in among:
@@ -626,15 +634,6 @@ class Process:
             # What a thread did beside a request that another thread served alone is more likely the server's own.
             own = among[0].alone and among[0].has(unit.file.kind)
             return _NOBODYS if own else Decision(among, "inferred", "window", among)
-        if not fitting and not unit.work.read_bytes:
-            ready = [
-                live
-                for live in among
-                if any(piece.unit.work.write_bytes for piece in live.pieces) and (not live.answered_ns or live.answered_ns >= unit.last_ns)
-            ]
-            if len(ready) == 1:
-                return Decision(ready, "shared", "order", among)
-            among = ready or among
         if unit.file.many or not unit.bytes:
             return Decision(among, "shared", "order", among)
         waiting = [live for live in among if not live.has_body(unit)] or among
@@ -658,8 +657,6 @@ class Process:
                 self._tid_past.clear()
             past = self._tid_past[unit.tid] = deque(maxlen=PAST)
         past.append((unit.first_ns, live))
-        if unit.key and not live.ended_ns:
-            self._key_past[unit.key] = live
         if not unit.file.many and unit.work.write_bytes:
             self._one_thread.note(unit.threads == 1)
 

@@ -49,6 +49,8 @@ MAX_UNTIED = 512
 #: How long a request is held back after its end: until its files are closed, and those of its time have ended or gone on. An aborted
 #: one waits as long for its thread to finish the file work that it had begun.
 HOLD_NS = 500_000_000
+#: How many of them are let go between two looks into the ring.
+RELEASED_AT_ONCE = 64
 #: How long after a loss nothing is certain that rests on knowing all requests.
 BLIND_NS = 10_000_000_000
 #: File work that nobody could be given for so long is nobody's.
@@ -117,6 +119,7 @@ class Tracker:
         self._cwd: dict[int, str | None] = {}
         self._untied: deque[tuple[int, int, int]] = deque(maxlen=MAX_UNTIED)
         self._held: deque[_Request] = deque()
+        self.due = False
         self._reviewed_ns = 0
         self._lost_evidence = 0
         self._blind_until_ns = 0
@@ -147,8 +150,14 @@ class Tracker:
             handler(event)
 
     def tick(self, now_ns: int) -> None:
-        """Lets requests go that were held back long enough. `now_ns`: up to when all events were fed."""
-        while self._held and now_ns - self._held[0].end.ts > HOLD_NS:
+        """Lets requests go that were held back long enough. `now_ns`: up to when all events were fed.
+
+        Not too many at once: the ring fills meanwhile. `due` says that there are more.
+        """
+        for _ in range(RELEASED_AT_ONCE):
+            self.due = bool(self._held) and now_ns - self._held[0].end.ts > HOLD_NS
+            if not self.due:
+                break
             self._finish(self._held.popleft())
         if now_ns - self._reviewed_ns > PENDING_NS / 10:
             self._reviewed_ns = now_ns
@@ -568,7 +577,7 @@ class Tracker:
         works = {kind: FileWork() for kind in ("storage", "metadata", "other")}
         for piece in live.pieces:
             _add(works[piece.unit.file.kind], piece.unit.work)
-        lost = max(event.lost, event.lost_files - request.lost_files if request.head else 0)
+        lost = max(event.lost, self._lost_evidence - request.lost_files if request.head else 0)
         untied = sum(size for first, last, size in self._untied if first < end and last > start)
         totals = _totals(event, live)
         phases = _partition(totals, end - start)
@@ -627,7 +636,8 @@ class Tracker:
             doubts = [doubt for kind, doubt in live.doubts.items() if kind != "other" and not live.has(kind)]
             label = max([label, *doubts], key=LABELS.index)
             wrote = any(piece.unit.work.write_bytes for piece in live.pieces if piece.unit.file.kind == "storage")
-            if label == "exact" and live.writes and live.size and not wrote and self._process(live.tgid).unsure_during(live):
+            unsure = live.left or self._process(live.tgid).unsure_during(live)
+            if label == "exact" and live.writes and live.size and not wrote and unsure:
                 label = "inferred"  # of what somebody wrote meanwhile some may be its own
         names = tuple(name for name in EVIDENCE if name in evidence)
         candidates = tuple(_id(rid) for rid in sorted(live.candidates)) if label == "shared" else ()

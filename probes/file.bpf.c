@@ -141,7 +141,7 @@ INLINE __u64 memory(struct thread *t, __u64 *length)
 	return first.base;
 }
 
-#define PRINTED_VECTORS 8 /* of a call, in which PRINT_BYTES are looked for */
+#define PRINTED_VECTORS 4 /* of a call, in which PRINT_BYTES are looked for */
 
 /* The fingerprint of what a call on a file moved, while it is not of enough. */
 INLINE void print_file(struct thread *t, struct work *w, __u64 left)

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 from bucketprobe import capture
 from bucketprobe.demo import check, load
+from bucketprobe.demo.bucket import MODELS
 from bucketprobe.errors import BucketprobeError, UsageError
 
 CONNECTIONS = 16
@@ -412,7 +413,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
         description="Observe a reference Bucket under load and show where the time went. Example: python -m bucketprobe.demo --seconds 8",
     )
     parser.add_argument("--seconds", type=seconds, default=8.0, metavar="S", help="length of the load, 1 to 600 (default %(default)g)")
-    parser.add_argument("--model", choices=("threads", "prefork"), default="threads", help="how the Bucket serves (default %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="threads", help="how the Bucket serves (default %(default)s)")
     return Options(**vars(parser.parse_args(arguments)))
 
 

@@ -357,6 +357,7 @@ INLINE void print_add(__u64 *print, __u32 *printed, __u64 address, __u64 length)
 		hash = config(CFG_SECRET_2);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PRINT_BYTES; i++) {
+		OPAQUE(i);
 		if (i >= n)
 			break;
 		hash = (hash ^ bytes[i]) * secret;
@@ -543,6 +544,7 @@ INLINE void work_list(struct thread *t, __u64 gen)
 
 #pragma clang loop unroll(disable)
 	for (i = 0; i < THREAD_FILES; i++) {
+		OPAQUE(i);
 		if (i >= t->nfiles)
 			break;
 		if (t->files[i] == gen)

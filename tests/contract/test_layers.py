@@ -41,7 +41,7 @@ ALLOWED: dict[str, list[str]] = {
     "doctor": ["errors", "model", "bpf", "capture", "config", "privileges", "program", "target"],
     "decode": ["errors", "model", "abi"],
     # Pure: knows neither of events nor of the kernel.
-    "resolve": ["model"],
+    "resolve": ["errors", "model", "abi"],
     "tracker": ["errors", "model", "abi", "config", "decode", "http1", "resolve", "route"],
     "sinks": [],
     "sinks.*": ["errors", "model", "catalog"],

@@ -22,13 +22,13 @@ ZERO = {"opens": 0, "write_calls": 0, "write_bytes": 0, "read_calls": 0, "read_b
 
 #: What one call adds, and the worker's names of such calls.
 _ADDS: tuple[tuple[dict[str, int], str], ...] = (
-    ({"opens": 1}, "open creat openat openat2"),
+    ({"opens": 1}, "open creat openat openat_directory openat2"),
     ({"write_calls": 1}, "write pwrite writev pwritev pwritev2"),
     ({"read_calls": 1}, "read pread readv preadv preadv2 read_end"),
     ({"read_calls": 1, "write_calls": 1}, "copy_file_range sendfile splice"),
     ({"syncs": 1}, "fsync fdatasync sync_file_range fsync_directory"),
     ({"renames": 1}, "rename renameat renameat2"),
-    ({}, "ftruncate posix_fallocate truncate link unlink mkdir open_fails write_fails openat_directory"),
+    ({}, "ftruncate posix_fallocate truncate link unlink mkdir open_fails write_fails"),
     ({"opens": 1, "write_calls": 2}, "dup dup2 dup3 fcntl_dup fcntl_dup_cloexec"),
     ({"opens": 2, "write_calls": 2}, "dup2_over"),
     ({"opens": 1, "write_calls": 1}, "close_range"),

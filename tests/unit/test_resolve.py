@@ -638,13 +638,13 @@ def test_bodies_that_nobody_can_tell_apart_go_one_to_each(process: Process) -> N
     assert all({live.rid for live in decision.candidates} == {1, 2, 3} for decision in found.values())
 
 
-def test_an_opaque_note_is_only_of_those_that_have_stored_something(process: Process) -> None:
+def test_an_opaque_note_is_shared_by_all_whose_it_may_be(process: Process) -> None:
     for rid in (1, 2, 3):
         request(process, rid, artifact=f"x{rid}", version="v1", answered_ns=90)
     bodies = [work(f"/srv/bucket/x{rid}/v1", tid=60 + rid) for rid in (1, 2)]
     note = work("/srv/bucket/index.db", kind="metadata", many=True, write=50, tid=69, first_ns=40, last_ns=41, data_ns=41)
     decision = settled(process, *bodies, note)[2]
-    assert (said(decision)[0], decision.label) == ([1, 2], "shared")
+    assert (said(decision)[0], decision.label) == ([1, 2, 3], "shared")
 
 
 def test_what_is_decided_is_off_the_list(process: Process) -> None:
