@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,6 +29,8 @@ from bucketprobe.stats import read_stats
 SEARCH_SECONDS, REVIEW_SECONDS = 1.0, 30.0
 #: How often a target is asked what runs in it, and how many times, before it counts as nothing of note.
 SETTLE_SECONDS, SETTLE_TRIES = 1.0, 120
+#: How long that may take: some milliseconds, and a tenth of a second for the largest.
+LAYOUT_SECONDS = 2.0
 #: How long descriptors of processes that are gone may stay in the map.
 SWEEP_SECONDS = 10.0
 #: What a file takes in a message besides its path, at most, in bytes.
@@ -178,7 +181,10 @@ class Broker:
         start, tries = self._unsettled.pop(tgid)
         if start is None or target.start_time(tgid) != start:
             return
-        found = runtimes.layout(tgid)
+        found = _layout(tgid)
+        if found is None:
+            self._log(f"pid {tgid} does not let its memory be read: its tasks are not told apart")
+            return
         if found.kind is runtimes.Kind.NONE:
             if tries:
                 self._unsettled[tgid] = start, tries - 1
@@ -230,6 +236,15 @@ class Broker:
         for key in list(bpf.map_keys(self._maps["fds"], 8, entries)):
             if struct.unpack("=Q", key)[0] >> 32 in gone:
                 bpf.map_delete(self._maps["fds"], key)
+
+
+def _layout(tgid: int) -> runtimes.Layout | None:
+    """What runs in a process; None where it makes whoever reads its memory wait (userfaultfd(2) can), which must not be us."""
+    found: list[runtimes.Layout] = []
+    asker = threading.Thread(target=lambda: found.append(runtimes.layout(tgid)), daemon=True)
+    asker.start()
+    asker.join(LAYOUT_SECONDS)
+    return found[0] if found else None
 
 
 def _batches(files: list[OpenFile]) -> Iterator[list[OpenFile]]:

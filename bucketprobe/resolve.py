@@ -35,8 +35,9 @@ DISORDER_NS = 50_000_000
 UNKNOWN = -1
 #: Work that began in the same 134 ms is kept together.
 BUCKET_BITS = 27
-#: How much of a thread's or a task's past is kept, in pieces.
-PAST = 16
+#: How much of a thread's past is kept, in pieces of work; and of how many requests, after they are gone.
+PAST = 4
+GONE = 32
 #: How unlikely it must be that a name is found in a small write by chance.
 TOKEN_CHANCE = 1e-6
 #: A hash's highest bits choose the bit of the set (see abi.TokensEvent).
@@ -345,7 +346,7 @@ class Process:
         self.pending = Pending()
         self.key_name: Literal["goroutine", "context"] = "context"
         self.by_key: dict[int, list[Live]] = {}
-        self._gone: deque[Live] = deque(maxlen=PAST)
+        self._gone: deque[Live] = deque(maxlen=GONE)
         self._keys = Trust(tolerated=TRUST_DISAGREEMENT)
         self._trust: dict[tuple[str, FileClass], Trust] = {}
         self._unsure: deque[tuple[int, int]] = deque(maxlen=64)
@@ -465,6 +466,7 @@ class Process:
         self.pending.discard(unit)
         if unit.file.unit is unit:
             unit.file.unit = None
+        unit.gone = []  # else they would keep each other until the garbage collector comes
         self._learn(unit, decision)
         if decision.label != "exact" and unit.work.write_bytes and unit.file.kind == "storage":
             self._unsure.append((unit.first_ns, unit.until_ns))

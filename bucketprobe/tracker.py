@@ -42,7 +42,7 @@ MAX_PARTIAL_HEADS = 256
 #: What may be kept of unfinished requests, open files and directories, and of file work that nobody has yet.
 MAX_REQUESTS = 4_096
 MAX_GENERATIONS = 8_192
-MAX_NAMES = 2_048
+MAX_NAMES = 1_024
 MAX_HELD = 1_024
 MAX_PENDING = 16_384
 MAX_UNTIED = 512
@@ -338,7 +338,8 @@ class Tracker:
         file.opened_ns = event.ts - event.ns
         file.writable = bool(event.flags & O_ACCMODE)
         self._keep(event.gen, file)
-        _remember(self._by_fd, (event.tgid, event.fd), file)
+        if event.flags & O_TMPFILE == O_TMPFILE:
+            _remember(self._by_fd, (event.tgid, event.fd), file)  # its name will come by way of its descriptor
         if event.flags & O_ACCMODE:
             _remember(self._by_path, path, file)
         # A directory that is opened to be listed costs time, but is no file that anybody wrote or read.

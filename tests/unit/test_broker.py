@@ -376,6 +376,17 @@ def test_a_process_that_does_not_show_what_runs_in_it_yet_is_asked_again(host: H
     assert host.looks == [PID] * 3
 
 
+def test_a_process_that_does_not_let_its_memory_be_read_is_not_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(broker, "LAYOUT_SECONDS", 0.05)
+    monkeypatch.setattr(broker.runtimes, "layout", lambda _tgid: never.wait())
+    host.start()
+    told = host.say(op="process", tgid=PID, why="asked for") + host.turn()
+    assert any("does not let its memory be read" in message.get("text", "") for message in told)
+    assert host.target(PID) == 1
+    never.set()
+
+
 def test_a_process_in_which_nothing_of_note_runs_is_not_asked_for_ever(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker, "SETTLE_TRIES", 3)
     host.start()
