@@ -452,7 +452,11 @@ class Process:
             return False
         if _speaks_for(unit, live):
             return True
-        return unit.ready and bool(_bytes_fit(unit, live) or _print_fits(unit, live) or not unit.bytes or not live.has_body(unit))
+        if not unit.ready:
+            return False
+        # It has one body; of metadata there may be several files.
+        complete = unit.bytes and unit.file.kind == "storage" and live.has_body(unit)
+        return not complete or bool(_bytes_fit(unit, live) or _print_fits(unit, live))
 
     def _is_final(self, unit: Unit, live: Live, decision: Decision) -> bool:
         if decision.label == "exact":
