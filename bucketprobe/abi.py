@@ -86,6 +86,7 @@ class FileFlag(IntEnum):
     MANY = 8  # a file that many requests may use: what one thread did in one go
     CONTINUES = 16  # sums of this file were sent before: no fingerprint
     KEYS = 64  # later calls were of another task
+    DRAINED = 128  # a read found the end: nothing more is to come, though the close may be late
     ALONE = 32  # the thread received h.rid, and had no other unfinished request
 
 
@@ -438,6 +439,7 @@ class Handler(IntEnum):
     BODY = 17
     MAP = 18
     URING = 19
+    PRINT = 20
 
 
 #: x86_64 system call numbers (arch/x86/entry/syscalls/syscall_64.tbl) by the handler that takes them.

@@ -36,7 +36,7 @@ UNKNOWN = -1
 #: Work that began in the same 134 ms is kept together.
 BUCKET_BITS = 27
 #: How much of a thread's past is kept, in pieces of work; and of how many requests, after they are gone.
-PAST = 4
+PAST = 64
 GONE = 32
 #: How unlikely it must be that a name is found in a small write by chance.
 TOKEN_CHANCE = 1e-6
@@ -129,6 +129,7 @@ class File:
     opened_ns: int = 0
     unit: Unit | None = None
     owner: int = 0  # the request that all work on it went to so far; -1: several
+    drained: bool = False
     closed: bool = False
 
 
@@ -163,8 +164,8 @@ class Unit:
 
     @property
     def ready(self) -> bool:
-        """Whether all of it is known: its file is closed, or it is what was done in one go."""
-        return self.file.closed or (self.file.many and self.data_ns > 0)
+        """Whether all of it is known: its file is closed or read to its end, or it is what was done in one go."""
+        return self.file.closed or self.file.drained or (self.file.many and self.data_ns > 0)
 
     @property
     def ns(self) -> int:
@@ -352,7 +353,7 @@ class Process:
         self._unsure: deque[tuple[int, int]] = deque(maxlen=64)
         self._decided = 0
         self._one_thread = Trust(tolerated=TRUST_DISAGREEMENT)  # whether one thread does all of a file
-        self._tid_past: dict[int, deque[tuple[int, Live]]] = {}
+        self._tid_past: dict[int, deque[tuple[int, int]]] = {}  # by thread: when it began which request's
         self.uring = False
         self.mapped = False
         self.ended = False
@@ -648,10 +649,9 @@ class Process:
 
     def _before(self, unit: Unit) -> Live | None:
         """Whose the thread's work just before was, if that request still waited for its answer."""
-        for first_ns, live in reversed(self._tid_past.get(unit.tid, ())):
-            if first_ns <= unit.first_ns:
-                return live if not live.answered_ns or live.answered_ns >= unit.last_ns else None
-        return None
+        before = max((entry for entry in self._tid_past.get(unit.tid, ()) if entry[0] <= unit.first_ns), default=None)
+        live = self.lives.get(before[1]) if before else None
+        return live if live and (not live.answered_ns or live.answered_ns >= unit.last_ns) else None
 
     def _learn(self, unit: Unit, decision: Decision) -> None:
         if len(decision.owners) != 1 or decision.label == "shared":
@@ -662,7 +662,7 @@ class Process:
             if len(self._tid_past) > 1024:
                 self._tid_past.clear()
             past = self._tid_past[unit.tid] = deque(maxlen=PAST)
-        past.append((unit.first_ns, live))
+        past.append((unit.first_ns, live.rid))
         if not unit.file.many and unit.work.write_bytes:
             self._one_thread.note(unit.threads == 1)
 

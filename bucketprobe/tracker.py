@@ -364,6 +364,8 @@ class Tracker:
         if event.what:  # its last descriptor is closed
             self._files.pop(event.gen, None)
             file.closed = True
+        if event.flags & abi.FileFlag.DRAINED:
+            file.drained = True
         unit = self._unit(event, file)
         work = unit.work
         work.write_calls += event.write_calls
@@ -607,7 +609,7 @@ class Tracker:
             files=works["storage"],
             metadata_files=works["metadata"],
             other_files=works["other"],
-            attribution=self._attribution(live, untied, lost),
+            attribution=self._attribution(request, untied, lost),
             client_wait_ns=event.client_ns if timed else None,
             server_wait_ns=event.server_ns if timed else None,
             limited_by=_limit(event, phases) if timed else None,
@@ -618,7 +620,17 @@ class Tracker:
         self.records += 1
         self._sink(result)
 
-    def _attribution(self, live: Live, untied: int, lost: int) -> Attribution:
+    @staticmethod
+    def _lacks_body(live: Live, request: _Request) -> bool:
+        """Whether bytes of an artifact came or went, and no file of it was written or read as far as is known."""
+        works = [piece.unit.work for piece in live.pieces if piece.unit.file.kind == "storage"]
+        if live.writes:
+            return bool(live.size) and not any(work.write_bytes for work in works)
+        reads = request.route.operation == "read" and request.end.status in _SUCCESS
+        return reads and bool(live.sent) and not any(work.read_bytes for work in works)
+
+    def _attribution(self, request: _Request, untied: int, lost: int) -> Attribution:
+        live = request.live
         by_label: dict[Label, Share] = {}
         evidence = set()
         for piece in live.pieces:
@@ -636,10 +648,8 @@ class Tracker:
         else:
             doubts = [doubt for kind, doubt in live.doubts.items() if kind != "other" and not live.has(kind)]
             label = max([label, *doubts], key=LABELS.index)
-            wrote = any(piece.unit.work.write_bytes for piece in live.pieces if piece.unit.file.kind == "storage")
-            unsure = live.left or self._process(live.tgid).unsure_during(live)
-            if label == "exact" and live.writes and live.size and not wrote and unsure:
-                label = "inferred"  # of what somebody wrote meanwhile some may be its own
+            if label == "exact" and self._lacks_body(live, request) and (live.left or self._process(live.tgid).unsure_during(live)):
+                label = "inferred"  # of what somebody wrote or read meanwhile some may be its own
         names = tuple(name for name in EVIDENCE if name in evidence)
         candidates = tuple(_id(rid) for rid in sorted(live.candidates)) if label == "shared" else ()
         return Attribution(label, names or (("thread",) if live.alone else ()), untied, candidates, by_label)

@@ -199,13 +199,31 @@ INLINE int at_once(struct thread *t, __u32 many)
 	return many && (!t->talks || t->runtime == RT_GO || t->runtime == RT_GO_CGO);
 }
 
+/* The end of a call that moved bytes of a file which may be anybody's: what is known is sent where no better time will come. */
+INLINE void file_done(struct bpf_raw_tracepoint_args *ctx, struct thread *t, struct work *w, __u64 actor, __u32 many)
+{
+	long ret = ctx->args[1];
+	__u32 done = at_once(t, many), small;
+
+	small = t->call == H_SEND && ret >= TOKEN_WINDOW && ret <= TOKEN_WRITE && (many || (w->write_calls == 1 && !(w->flags & FF_CONTINUES)));
+	if (!actor && t->call == H_RECEIVE && !ret) {
+		w->flags |= FF_DRAINED;
+		done = 1;
+	}
+	OPAQUE(done);
+	if (done)
+		work_emit(t, t->object, actor, 0);
+	if (small && t->runtime != RT_GO)
+		tail_call(ctx, MAP(HANDLERS), H_TOKENS);
+}
+
 /* read, write, sync, truncate, allocate and their families, on a file; calls that fail did no work */
 int on_file(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct thread *t = thread();
 	long ret = ctx->args[1];
 	struct work *w;
-	__u32 call, small, many;
+	__u32 call, many;
 	__u64 actor;
 
 	if (!t || ret < 0)
@@ -218,16 +236,12 @@ int on_file(struct bpf_raw_tracepoint_args *ctx)
 	blend(t, w);
 	call = t->call;
 	if (call == H_RECEIVE || call == H_SEND) {
-		small = call == H_SEND && ret >= TOKEN_WINDOW && ret <= TOKEN_WRITE && (many || !(w->flags & FF_CONTINUES || w->write_calls));
 		moved(t, w, call == H_RECEIVE, ret);
 		if (alone(t))
 			return 0; /* no need to find out whose it is */
 		if (w->printed < PRINT_BYTES && !(w->flags & FF_CONTINUES) && (call == H_SEND ? !w->read_bytes : !w->write_bytes))
-			print_file(t, w, ret);
-		if (at_once(t, many))
-			work_emit(t, t->object, actor, 0);
-		if (small && t->runtime != RT_GO)
-			tail_call(ctx, MAP(HANDLERS), H_TOKENS);
+			tail_call(ctx, MAP(HANDLERS), H_PRINT);
+		file_done(ctx, t, w, actor, many);
 		return 0;
 	}
 	w->last_ns = t->exit_ns;
@@ -240,6 +254,27 @@ int on_file(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (at_once(t, many))
 		work_emit(t, t->object, actor, 0);
+	return 0;
+}
+
+/* The first bytes of a file leave their fingerprint. */
+int on_print(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct thread *t = thread();
+	struct work_key key = {};
+	struct work *w;
+	__u32 many;
+
+	if (!t)
+		return 0;
+	many = by_many(t, t->many, t->object);
+	key.gen = t->object;
+	key.actor = actor_of(t, many);
+	w = map_lookup(MAP(WORK), &key);
+	if (!w)
+		return 0;
+	print_file(t, w, ctx->args[1]);
+	file_done(ctx, t, w, key.actor, many);
 	return 0;
 }
 

@@ -58,6 +58,7 @@ enum { /* FileFlag */
 	FF_MANY = 8,
 	FF_CONTINUES = 16,
 	FF_KEYS = 64,
+	FF_DRAINED = 128,
 	FF_ALONE = 32,
 };
 
@@ -167,6 +168,7 @@ enum { /* Handler */
 	H_BODY = 17,
 	H_MAP = 18,
 	H_URING = 19,
+	H_PRINT = 20,
 };
 
 enum { /* maps */
