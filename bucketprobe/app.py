@@ -129,8 +129,7 @@ class Agent:
                 ready_sources = {fd for fd, _ in poll.poll(0 if self._tracker.due else PERIOD_SECONDS)}
                 if wake.fileno() in ready_sources:
                     wake.recv(64)
-                if link.fileno() in ready_sources:
-                    self._hear_broker()
+                self._hear_broker()  # whether or not more has come: who asked it last may have taken in what it said before
                 now = time.monotonic()
                 self._drain()
                 if self._control.fileno() in ready_sources:

@@ -660,17 +660,21 @@ class Tracker:
         return "inferred" if lost else "exact"
 
     def _cover(self, process: Process, request: Request) -> None:
-        """Bytes that came or went and for which no file work was seen at all: out of sight, not free."""
-        works = (request.files, request.metadata_files, request.other_files)
+        """Bytes that came or went and for which no file work was seen: out of sight, not free.
+
+        Other files count where they are enough for it: that is where all are, when no storage root is named.
+        """
+        files, others = request.files, request.other_files
         if request.status not in _SUCCESS:
             return
         # 200 to a Bucket's write says that the same was there already: nothing to write.
         writes = request.operation == "write" and request.status == 201
         writes = writes or (request.operation == "other" and request.method == "PUT")
-        if writes and request.bytes_in and not any(work.write_bytes for work in works):
-            self._gap(process, request, "write", request.bytes_in)
-        elif request.operation == "read" and request.bytes_out and not any(work.read_bytes for work in works):
-            self._gap(process, request, "read", request.bytes_out)
+        size_in, size_out = request.bytes_in or 0, request.bytes_out or 0
+        if writes and not files.write_bytes and others.write_bytes < size_in:
+            self._gap(process, request, "write", size_in)
+        elif request.operation == "read" and not files.read_bytes and others.read_bytes < size_out:
+            self._gap(process, request, "read", size_out)
 
     def _gap(self, process: Process, request: Request, direction: str, size: int) -> None:
         reason = "io_uring" if process.uring else "mmap" if process.mapped else "unseen"

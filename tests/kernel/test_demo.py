@@ -105,7 +105,7 @@ def test_one_that_fails_half_way_says_why_and_leaves_nothing(stage: Stage) -> No
     assert stage.left() == []
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--seconds", "soon"], ["--model", "asyncio"]])
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--seconds", "soon"], ["--model", "fibers"]])
 def test_a_wrong_call_is_refused_before_anything_starts(stage: Stage, arguments: list[str]) -> None:
     code, out, error = stage.run(*arguments)
     assert (code, out) == (2, "")
