@@ -60,6 +60,8 @@ FLUSH_NS = 100_000
 _SUCCESS = frozenset((200, 201, 204, 206))
 
 _ALONE, _MANY = abi.FileFlag.ALONE, abi.FileFlag.MANY
+#: What is not added to a file's pending work.
+_APART = abi.FileFlag.SAME_CALL | _ALONE | _MANY
 _KIND = abi.Kind
 
 
@@ -366,7 +368,12 @@ class Tracker:
             file.closed = True
         if event.flags & abi.FileFlag.DRAINED:
             file.drained = True
-        unit = self._unit(event, file)
+        if event.what and file.owner > 0 and not file.unit and not event.flags & _APART and not (event.data_ns or event.syncs):
+            self._closed_late(event, file)
+            return
+        alone = event.flags & _ALONE and file.own and file.own.rid == event.rid
+        unit = file.own if alone else self._unit(event, file)
+        assert unit is not None
         work = unit.work
         work.write_calls += event.write_calls
         work.write_bytes += event.write_bytes
@@ -393,7 +400,8 @@ class Tracker:
         if event.flags & abi.FileFlag.SAME_CALL:
             self._own(event.rid, unit, "same_call")
         elif event.flags & _ALONE:
-            self._own(event.rid, unit)
+            if not alone:
+                self._own(event.rid, unit)
         elif file.closed or event.flags & _MANY:
             process = self._process(unit.tgid)
             if not process.concerns(unit):
@@ -402,7 +410,7 @@ class Tracker:
     def _unit(self, event: Any, file: File) -> Unit:
         """To which piece of work this belongs: a new one, or what is known of a file of one request."""
         flags = event.flags
-        apart = flags & (abi.FileFlag.SAME_CALL | _ALONE | _MANY)
+        apart = flags & _APART
         if file.unit and not apart:
             unit = file.unit
             if not unit.last_ns:
@@ -413,6 +421,7 @@ class Tracker:
         unit.tokens = self._tokens.pop((event.gen, event.tid), [])
         if flags & _MANY:
             file.many = True
+        if flags & _MANY and not flags & _ALONE:
             # What a thread sends in one go, it did in one go: one row is in the database's log and its index.
             before = self._flushed.get(event.tid)
             if before and event.ts - before[0] < FLUSH_NS:
@@ -427,6 +436,15 @@ class Tracker:
             self._wait(unit)
         return unit
 
+    def _closed_late(self, event: Any, file: File) -> None:
+        """The close of a file that was one request's, which may be over and gone: it took time, and says nothing new."""
+        closing = Unit(event.tgid, file, event.first_ns, event.tid, write_ns=event.other_ns)
+        request = self._requests.get(file.owner)
+        if request:
+            request.live.take(closing, "exact", "descriptor")
+        else:
+            self._nobodys(closing)
+
     def _own(self, rid: int, unit: Unit, evidence: str = "thread") -> None:
         """The kernel saw it: this work is that request's."""
         request = self._requests.get(rid)
@@ -435,6 +453,8 @@ class Tracker:
             self._nobodys(unit)
             return
         request.live.take(unit, "exact", evidence)
+        if evidence == "thread":
+            unit.file.own = unit
 
     def _wait(self, unit: Unit) -> None:
         # Of other files only those count that may become storage yet, by another name.
@@ -484,15 +504,16 @@ class Tracker:
         known = self._moved(event, first, second) if second else self._by_path.get(first)
         if event.what == abi.PathCall.UNLINK:
             self._by_path.pop(first, None)
-        if known and known.unit and not event.file_flags & _ALONE:
-            unit = known.unit
+        alone = event.file_flags & _ALONE
+        unit = (known.own if alone else known.unit) if known else None
+        if unit and (not alone or unit.rid == event.rid):
             unit.write_ns += event.ns
             unit.last_ns = max(unit.last_ns, event.ts)
         else:
             file = known or self._touched(first, second)
             unit = Unit(event.tgid, file, event.ts - event.ns, event.tid, event.key, event.rid, write_ns=event.ns, last_ns=event.ts)
             unit.data_ns = event.ts
-            if event.file_flags & _ALONE:
+            if alone:
                 self._own(event.rid, unit)
             else:
                 self._wait(unit)
@@ -580,6 +601,7 @@ class Tracker:
         works = {kind: FileWork() for kind in ("storage", "metadata", "other")}
         for piece in live.pieces:
             _add(works[piece.unit.file.kind], piece.unit.work)
+            piece.unit.file.own = None  # else the two would keep each other until the garbage collector comes
         lost = max(event.lost, self._lost_evidence - request.lost_files if request.head else 0)
         untied = sum(size for first, last, size in self._untied if first < end and last > start)
         totals = _totals(event, live)
