@@ -10,6 +10,7 @@ is pushed out is counted.
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ PENDING_NS = 30_000_000_000
 #: Sums that a thread sends at once lie no further apart than this: they are of one go.
 FLUSH_NS = 100_000
 _SUCCESS = frozenset((200, 201, 204, 206))
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 _ALONE, _MANY = abi.FileFlag.ALONE, abi.FileFlag.MANY
 #: What is not added to a file's pending work.
@@ -730,7 +733,7 @@ def _id(number: int) -> str:
 
 def _names(head: http1.RequestHead, found: route.Route) -> Names:
     digest = (head.headers.get("x-artifact-digest") or head.query.get("digest") or "").lower().removeprefix("sha256:")
-    known = len(digest) == 64 and all(letter in "0123456789abcdef" for letter in digest)
+    known = _DIGEST.fullmatch(digest)
     return Names(found.artifact_id, found.version, digest if known else None, unquote(head.path))
 
 
