@@ -123,10 +123,7 @@ class File:
     names: tuple[str, ...] = ()
     many: bool = False
     writable: bool = True
-    opener_rid: int = 0
     opener_key: int = 0
-    opener_tid: int = 0
-    opened_ns: int = 0
     unit: Unit | None = None  # of it, what nobody has yet
     own: Unit | None = None  # of it, what the request did that it belongs to now
     owner: int = 0  # the request that all work on it went to so far; -1: several

@@ -340,7 +340,6 @@ class Tracker:
         path = self._resolve(event.tgid, event.dirfd, event.dirgen, event.data[: event.n])
         file = self._named(path, event.flags)
         file.many = bool(event.flags & O_ACCMODE) and not event.flags & (os.O_EXCL | os.O_TRUNC | O_TMPFILE ^ os.O_DIRECTORY)
-        file.opened_ns = event.ts - event.ns
         file.writable = bool(event.flags & O_ACCMODE)
         self._keep(event.gen, file)
         if event.flags & O_TMPFILE == O_TMPFILE:
@@ -349,12 +348,12 @@ class Tracker:
             _remember(self._by_path, path, file)
         # A directory that is opened to be listed costs time, but is no file that anybody wrote or read.
         opens = int(not event.flags & os.O_DIRECTORY or event.flags & O_TMPFILE == O_TMPFILE)
-        opening = Unit(event.tgid, file, file.opened_ns, event.tid, event.key, event.rid, FileWork(opens=opens), event.ns)
+        opening = Unit(event.tgid, file, event.ts - event.ns, event.tid, event.key, event.rid, FileWork(opens=opens), event.ns)
         if event.what:
             opening.last_ns = event.ts
             self._own(event.rid, opening)
             return
-        file.opener_rid, file.opener_key, file.opener_tid = event.rid, event.key, event.tid
+        file.opener_key = event.key
         if file.many:
             opening.data_ns = opening.last_ns = event.ts  # it is done in one go, and so to be decided by itself
         else:
