@@ -18,6 +18,7 @@ PHASES = (
     "storage_write",
     "storage_read",
     "metadata",
+    "digest",
     "network_receive",
     "network_send",
     "runqueue",
@@ -29,6 +30,7 @@ PHASES = (
 PHASES_AS_THEY_HAPPEN = (
     "queue",
     "network_receive",
+    "digest",
     "storage_write",
     "storage_sync",
     "storage_read",
@@ -134,6 +136,54 @@ class Attribution:
     by_label: Mapping[Label, Share] = field(default_factory=dict)
 
 
+#: Where a digest's time comes from. exact: each call was timed; gap: the time between reading a piece and writing it, less what
+#: else happens there; model: bytes, at the rate that was measured; sample: samples of the CPU; none: it is not known.
+DigestSource = Literal["exact", "gap", "model", "sample", "none"]
+DIGEST_SOURCES: tuple[DigestSource, ...] = ("exact", "gap", "model", "sample", "none")
+DigestResult = Literal["match", "mismatch"]
+DIGEST_RESULTS: tuple[DigestResult, ...] = ("match", "mismatch")
+#: What says that an upload's bytes are not those that the client declared: the digest that the server computed, or its answer.
+MismatchSource = Literal["computed", "answer"]
+
+
+@dataclass(slots=True)
+class Digest:
+    """What was seen of a request's hashing. See docs/digests.md.
+
+    `ns`: on-CPU time in the hash function, and `error_pct`: by how much it may be off, in per cent; both None where `source` is
+    none. `bytes`: hashed, of the body and of what was read back; None where that was not seen. `declared`, `computed`:
+    "ALGORITHM:HEX", of the body; `evidence`: what tied the computed one to this request. `result`: whether the two agree, None where
+    either is not known. `mismatch`: what said that they do not. `verified`: of each digest over bytes read back from storage,
+    whether it is the declared one.
+    """
+
+    source: DigestSource = "none"
+    error_pct: float | None = None
+    ns: int | None = None
+    bytes: int | None = None
+    declared: str | None = None
+    computed: str | None = None
+    evidence: str | None = None
+    result: DigestResult | None = None
+    mismatch: MismatchSource | None = None
+    verified: tuple[DigestResult, ...] = ()
+
+    def record(self) -> dict[str, object]:
+        return {
+            "source": self.source,
+            "error_pct": self.error_pct,
+            "ms": _milliseconds(self.ns),
+            "bytes": self.bytes,
+            "bytes_per_second": round(self.bytes * 1e9 / self.ns) if self.bytes and self.ns else None,
+            "declared": self.declared,
+            "computed": self.computed,
+            "evidence": self.evidence,
+            "result": self.result,
+            "mismatch_source": self.mismatch,
+            "post_storage_verify": list(self.verified),
+        }
+
+
 @dataclass(slots=True)
 class Request:
     """One finished HTTP request. Fields that were not seen are None, never a guess.
@@ -172,6 +222,7 @@ class Request:
     metadata_files: FileWork = field(default_factory=FileWork)
     other_files: FileWork = field(default_factory=FileWork)
     attribution: Attribution = field(default_factory=lambda: Attribution("unattributed"))
+    digest: Digest = field(default_factory=Digest)
     client_wait_ns: int | None = None
     server_wait_ns: int | None = None
     limited_by: Limit | None = None
@@ -222,6 +273,7 @@ class Request:
                     label: {"bytes": share.bytes, "ms": share.ns / 1e6} for label, share in self.attribution.by_label.items()
                 },
             },
+            "digest": self.digest.record(),
             "coverage_gaps": list(self.coverage_gaps),
             "lost_events": self.lost_events,
         }
