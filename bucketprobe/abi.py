@@ -26,6 +26,8 @@ PRINT_UNKNOWN = 255
 TOKEN_BYTES = 512
 TOKEN_WINDOW = 6
 TOKEN_BITS = 4096
+#: The longest digest, in bytes: SHA-512's.
+DIGEST_BYTES = 64
 #: The longest write that may hold a request's names besides, in bytes: a database's page.
 TOKEN_WRITE = 4096
 
@@ -43,6 +45,7 @@ class Kind(IntEnum):
     TOKENS = 8
     BODY = 9
     MAP = 10
+    DIGEST = 11
 
 
 class Direction(IntEnum):
@@ -165,6 +168,7 @@ class Stat(IntEnum):
     TLS = 36
     RING_TOKENS = 37
     RING_BODY = 38
+    RING_DIGEST = 39
 
 
 class Header(ctypes.Structure):
@@ -193,6 +197,7 @@ class EndEvent(ctypes.Structure):
 
     `client_ns`: the socket was empty and the request not yet whole; of that, `client_out_ns` outside of reads. `server_ns`: its
     bytes lay unread, with no read under way. `print_*`: keyed hashes of the first bytes of the bodies, `printed_*` of how many.
+    `gap_ns`: on-CPU time of its own thread between reading `gap_bytes` and whatever it read or wrote next, in `gaps` pieces.
     """
 
     _fields_ = (
@@ -218,6 +223,8 @@ class EndEvent(ctypes.Structure):
         ("print_in", U64),
         ("print_out", U64),
         ("key", U64),
+        ("gap_ns", U64),
+        ("gap_bytes", U64),
         ("printed_in", U32),
         ("printed_out", U32),
         ("sequence", U32),
@@ -229,7 +236,7 @@ class EndEvent(ctypes.Structure):
         ("lost", U32),
         ("framed", U32),
         ("lost_files", U32),
-        ("pad", U32),
+        ("gaps", U32),
     )
 
 
@@ -333,6 +340,28 @@ class MapEvent(ctypes.Structure):
     _fields_ = (("h", Header), ("gen", U64), ("size", U64), ("prot", U32), ("flags", U32))
 
 
+class DigestEvent(ctypes.Structure):
+    """A digest over `bytes` was finished (`what`: FileFlag.ALONE or 0); `n` bytes of its value follow. `algorithm` is OpenSSL's NID.
+
+    `ns`: on-CPU time in the hash function for the `timed_bytes` of it, in `calls` calls, with the probes' own time in it; 0 while
+    calls are not timed. `read`, `wrote`: the generations of the files that the thread had read from (0: a socket) and written to last.
+    """
+
+    _fields_ = (
+        ("h", Header),
+        ("bytes", U64),
+        ("ns", U64),
+        ("timed_bytes", U64),
+        ("key", U64),
+        ("read", U64),
+        ("wrote", U64),
+        ("tid", U32),
+        ("calls", U32),
+        ("algorithm", U32),
+        ("pad", U32),
+    )
+
+
 EVENTS: dict[Kind, type[ctypes.Structure]] = {
     Kind.HEAD: HeadEvent,
     Kind.END: EndEvent,
@@ -344,6 +373,7 @@ EVENTS: dict[Kind, type[ctypes.Structure]] = {
     Kind.TOKENS: TokensEvent,
     Kind.BODY: BodyEvent,
     Kind.MAP: MapEvent,
+    Kind.DIGEST: DigestEvent,
 }
 
 
@@ -360,6 +390,25 @@ class LayoutEntry(ctypes.Structure):
     _fields_ = (("slot", U32), ("member", U32))
 
 
+class HashingEntry(ctypes.Structure):
+    """A value of the `hashing` map, by tgid: sums over one process's digests, with the probes' own time in `ns`.
+
+    `value`, `bytes_hashed` and `algorithm` are the last digest's: only a self-test's process has its value kept.
+    """
+
+    _fields_ = (
+        ("calls", U64),
+        ("bytes", U64),
+        ("ns", U64),
+        ("copies", U64),
+        ("digests", U64),
+        ("bytes_hashed", U64),
+        ("algorithm", U32),
+        ("keeps", U32),
+        ("value", U8 * DIGEST_BYTES),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Map:
     """A BPF map. `value` and `key` are C types whose sizes the compiled object reports, or numbers of bytes."""
@@ -372,7 +421,7 @@ class Map:
     flags: int = 0
 
 
-HASH, ARRAY, PROG_ARRAY, PERCPU_ARRAY, RINGBUF = 1, 2, 3, 6, 27
+HASH, ARRAY, PROG_ARRAY, PERCPU_ARRAY, LRU_HASH, RINGBUF = 1, 2, 3, 6, 9, 27
 #: A map that user space may map into memory, and so write a byte of at a time.
 MMAPABLE = 1 << 10
 
@@ -392,6 +441,8 @@ MAPS: tuple[Map, ...] = (
     Map("fds", HASH, 8, ctypes.sizeof(FdEntry), 65_536),
     Map("work", HASH, 16, "struct work", 16_384),
     Map("scratch", PERCPU_ARRAY, 4, "struct scratch", 1),
+    Map("hashing", HASH, 4, ctypes.sizeof(HashingEntry), 1_024),
+    Map("hashes", LRU_HASH, 16, "struct hash", 8_192),
 )
 
 
@@ -486,6 +537,8 @@ OFFSETS: dict[str, tuple[str, str]] = {
     "OFF_SOCK_FAMILY": ("sock", "__sk_common.skc_family"),
     "OFF_SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "OFF_TASK_FSBASE": ("task_struct", "thread.fsbase"),
+    "OFF_TASK_EXEC_START": ("task_struct", "se.exec_start"),
+    "OFF_TASK_RUNTIME": ("task_struct", "se.sum_exec_runtime"),
     "OFF_TCP_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "OFF_TCP_COPIED": ("tcp_sock", "copied_seq"),
     "OFF_SKB_CB": ("sk_buff", "cb"),
@@ -507,7 +560,9 @@ def _render_struct(structure: type[ctypes.Structure]) -> Iterator[str]:
     name = _struct_name(structure)
     yield f"struct {name} {{"
     for field, ctype in fields(structure):
-        yield f"\t{_C_NAMES.get(ctype) or 'struct ' + _struct_name(ctype)} {field};"
+        length = getattr(ctype, "_length_", 0)
+        element = ctype._type_ if length else ctype
+        yield f"\t{_C_NAMES.get(element) or 'struct ' + _struct_name(element)} {field}{f'[{length}]' if length else ''};"
     yield "};"
     yield f'_Static_assert(sizeof(struct {name}) == {ctypes.sizeof(structure)}, "{name}");'
     for field, _ in fields(structure):
@@ -531,6 +586,7 @@ def render_header() -> str:
         f"#define TOKEN_WINDOW {TOKEN_WINDOW}",
         f"#define TOKEN_BITS {TOKEN_BITS}",
         f"#define TOKEN_WRITE {TOKEN_WRITE}",
+        f"#define DIGEST_BYTES {DIGEST_BYTES}",
         "",
     ]
     prefixes: dict[type[IntEnum], str] = {
@@ -547,7 +603,7 @@ def render_header() -> str:
     lines += ["};", ""]
     lines += [f"#define NR_{name} {nr}" for calls in CALLS.values() for name, nr in calls.items()]
     lines.append("")
-    structures: list[type[ctypes.Structure]] = [Header, *EVENTS.values(), FdEntry, LayoutEntry]
+    structures: list[type[ctypes.Structure]] = [Header, *EVENTS.values(), FdEntry, LayoutEntry, HashingEntry]
     for structure in structures:
         lines += [*_render_struct(structure), ""]
     lines.append("#endif")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import platform
@@ -23,7 +24,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _RAW_TRACEPOINT_OPEN = 17
 _LOOKUP_BATCH = 24
 
-PROG_TYPE_RAW_TRACEPOINT = 17
+_LINK_CREATE = 28
+
+PROG_TYPE_KPROBE, PROG_TYPE_RAW_TRACEPOINT = 2, 17
+#: enum bpf_attach_type: a program for many uprobes at once (Linux 6.6)
+TRACE_UPROBE_MULTI = 48
+_UPROBE_MULTI_RETURN = 1
 ANY, NOEXIST = 0, 1
 
 
@@ -119,8 +125,8 @@ _LOG_STATS = 4
 _LOG_BYTES = 65_536
 
 
-def program_load(code: bytes, name: str) -> int:
-    """Loads a raw tracepoint program and returns its descriptor.
+def program_load(code: bytes, name: str, kind: int = PROG_TYPE_RAW_TRACEPOINT, attach_type: int = 0) -> int:
+    """Loads a program and returns its descriptor. `attach_type`: what it is expected to be attached as, where its type does not say.
 
     Raises OSError; where the verifier refused, its `strerror` ends in the reason.
     """
@@ -129,8 +135,8 @@ def program_load(code: bytes, name: str) -> int:
 
     def load(log: ctypes.Array[ctypes.c_char] | None) -> int:
         attribute = struct.pack(
-            "=IIQQIIQII16s",
-            PROG_TYPE_RAW_TRACEPOINT,
+            "=IIQQIIQII16sII",
+            kind,
             len(code) // 8,
             _address(instructions),
             _address(licence),
@@ -140,6 +146,8 @@ def program_load(code: bytes, name: str) -> int:
             0,
             0,
             name.encode()[:15],
+            0,
+            attach_type,
         )
         return _bpf(_PROG_LOAD, attribute)
 
@@ -160,6 +168,47 @@ def raw_tracepoint_open(name: str, program: int) -> int:
     """Attaches a program to a raw tracepoint; it stays attached while the returned descriptor is open."""
     text = ctypes.create_string_buffer(name.encode())
     return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", _address(text), program, 0))
+
+
+def uprobe_multi_open(program: int, path: str, offsets: list[int], tgid: int, *, returns: bool) -> int:
+    """Attaches a program to places in a file, as one process runs it, while the returned descriptor is open (Linux 6.6)."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    places = (ctypes.c_uint64 * len(offsets))(*offsets)
+    flags = _UPROBE_MULTI_RETURN if returns else 0
+    head = struct.pack("=IIII", program, 0, TRACE_UPROBE_MULTI, 0)
+    return _bpf(_LINK_CREATE, head + struct.pack("=QQQQIII", _address(name), ctypes.addressof(places), 0, 0, len(offsets), flags, tgid))
+
+
+_SYS_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
+_PERF_ATTRIBUTE_BYTES = 112
+_PERF_CLOSE_ON_EXEC = 8
+_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
+_UPROBE_SOURCE = "/sys/bus/event_source/devices/uprobe"
+
+
+def uprobe_open(program: int, path: str, offset: int, tgid: int, *, returns: bool) -> int:
+    """The same for one place by way of perf_event_open(2), as Linux had it before (4.17); nothing is left in `uprobe_events`.
+
+    A descriptor takes about 0.1 s to close. Raises FileNotFoundError where the kernel has no uprobes.
+    """
+    with open(f"{_UPROBE_SOURCE}/type", encoding="ascii") as file:
+        kind = int(file.read())
+    with open(f"{_UPROBE_SOURCE}/format/retprobe", encoding="ascii") as file:
+        bit = int(file.read().removeprefix("config:"))
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attribute = struct.pack("=IIQQQQQIIQQ", kind, _PERF_ATTRIBUTE_BYTES, returns << bit, 0, 0, 0, 0, 0, 0, _address(name), offset)
+    buffer = ctypes.create_string_buffer(attribute.ljust(_PERF_ATTRIBUTE_BYTES, b"\0"), _PERF_ATTRIBUTE_BYTES)
+    fd: int = _libc.syscall(_SYS_PERF_EVENT_OPEN[platform.machine()], buffer, tgid, -1, -1, _PERF_CLOSE_ON_EXEC)
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    try:
+        fcntl.ioctl(fd, _PERF_SET_BPF, program)
+        fcntl.ioctl(fd, _PERF_ENABLE, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def possible_cpus() -> int:

@@ -22,13 +22,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bucketprobe import abi, bpf, btf
 from bucketprobe.errors import EnvironmentLack
+if TYPE_CHECKING:
+    from bucketprobe.providers import Site
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 #: The probes' texts by compilation unit: two are compiled at once, in half the time of one.
-UNITS = (("socket",), ("syscall", "process", "file"))
+UNITS = (("socket", "digest"), ("syscall", "process", "file"))
 PARTS = tuple(part for unit in UNITS for part in unit)
 
 #: Raw tracepoint -> program. The second group may be missing: the agent then says what it cannot see.
@@ -43,6 +46,21 @@ REQUIRED_TRACEPOINTS = {
 OPTIONAL_TRACEPOINTS = {"sk_data_ready": "sock_ready", "tcp_receive_reset": "sock_reset"}
 #: What tells the same where an optional one is missing.
 STAND_INS = {"sk_data_ready": ("tcp_probe", "sock_segment")}
+
+#: What is attached to places in binaries, and loaded only when such a place is found.
+UPROBES = (
+    "digest_update",
+    "digest_updated",
+    "digest_copied",
+    "digest_final",
+    "digest_finished",
+    "hacl_final",
+    "block_begin",
+    "go_begin",
+    "go_end",
+    "go_check",
+    "go_sum",
+)
 
 _OFFSET_MARK = 0x5EED0000
 _MOVE_IMMEDIATE, _LOAD_IMMEDIATE_64, _PSEUDO_MAP_FD = 0xB7, 0x18, 1
@@ -211,6 +229,7 @@ class Loaded:
 
     maps: dict[str, int] = field(default_factory=dict)
     programs: list[int] = field(default_factory=list)
+    uprobes: dict[str, bytes] = field(default_factory=dict)  # not loaded yet: see Uprobes
     links: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -280,6 +299,7 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
     try:
         loaded.maps = create_maps(programs, sizes)
         ready = {name: relocated(code, loaded.maps, offsets) for name, code in programs.items() if not name.startswith("size_")}
+        loaded.uprobes = {name: ready.pop(name) for name in UPROBES}
         descriptors = _load_programs(ready)
         loaded.programs += descriptors.values()
         for handler in abi.Handler:
@@ -305,3 +325,58 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
         loaded.close()
         raise
     return loaded
+
+
+class Uprobes:
+    """Attaches programs to places in binaries, one process at a time; a descriptor detaches when it is closed.
+
+    `multi`: all places of a program in one link, which comes and goes in some 10 to 30 ms (Linux 6.6); else each is a perf event,
+    which takes 0.1 s to close. Raises OSError where the kernel has neither.
+    """
+
+    def __init__(self, codes: Mapping[str, bytes], *, multi: bool | None = None) -> None:
+        self.multi = True if multi is None else multi
+        try:
+            self._programs = self._load(codes)
+        except OSError:
+            if multi is not None:
+                raise
+            self.multi = False
+            self._programs = self._load(codes)
+
+    def _load(self, codes: Mapping[str, bytes]) -> dict[str, int]:
+        attach_type = bpf.TRACE_UPROBE_MULTI if self.multi else 0
+        loaded: dict[str, int] = {}
+        try:
+            for name, code in codes.items():
+                loaded[name] = bpf.program_load(code, name, bpf.PROG_TYPE_KPROBE, attach_type)
+        except OSError:
+            for fd in loaded.values():
+                os.close(fd)
+            raise
+        return loaded
+
+    def attach(self, path: str, sites: Iterable[Site], tgid: int) -> list[int]:
+        """All or nothing: descriptors. Raises OSError (ESRCH and ENOENT: the process is gone, or does not map the file any more)."""
+        by_program: dict[tuple[str, bool], list[int]] = {}
+        for site in sites:
+            by_program.setdefault((site.program, site.returns), []).append(site.offset)
+        opened: list[int] = []
+        # What ends a call goes first: of one that is under way when its beginning is attached, only the end would be seen.
+        try:
+            for (name, returns), offsets in sorted(by_program.items(), key=lambda item: not item[0][1]):
+                program = self._programs[name]
+                if self.multi:
+                    opened.append(bpf.uprobe_multi_open(program, path, offsets, tgid, returns=returns))
+                else:
+                    opened += [bpf.uprobe_open(program, path, offset, tgid, returns=returns) for offset in offsets]
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return opened
+
+    def close(self) -> None:
+        for fd in self._programs.values():
+            os.close(fd)
+        self._programs = {}

@@ -6,20 +6,13 @@ struct registers {
 	__u64 r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax;
 }; /* struct pt_regs from r14 on; its layout is part of the user ABI */
 
-/* The thread's entry with the call's number and arguments in it, made where there is none. 0: no room (counted). */
-INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr, struct registers *regs)
+/* The thread's entry with the call's number and arguments in it. 0: no room. */
+INLINE struct thread *entered(__u32 call, __u64 nr, struct registers *regs)
 {
-	if (!t) {
-		struct thread fresh = {};
+	struct thread *t = thread_made();
 
-		if (map_update(MAP(THREADS), &tid, &fresh, NOEXIST)) {
-			stat_add(ST_MAP_THREADS, 1);
-			return 0;
-		}
-		t = map_lookup(MAP(THREADS), &tid);
-		if (!t)
-			return 0;
-	}
+	if (!t)
+		return 0;
 	t->a0 = regs->di;
 	t->a1 = regs->si;
 	t->a2 = regs->dx;
@@ -33,10 +26,45 @@ INLINE struct thread *entered(__u32 tid, struct thread *t, __u32 call, __u64 nr,
 	return t;
 }
 
+/*
+ * A gap is what a thread that has one request does between reading a piece of its body and reading or writing the next: there
+ * are its digests. Other calls that it makes meanwhile are not in it.
+ */
+INLINE void gap_enter(struct thread *t, __u32 call)
+{
+	__u64 now = on_cpu();
+
+	if (call != H_RECEIVE && call != H_SEND) {
+		t->gap_pause = now;
+		return;
+	}
+	t->gap_ns += now - t->gap_from;
+	t->gaps++;
+	t->gap_from = 0;
+}
+
+/* What its thread read or wrote last tells of what a digest is. Short reads of files are metadata's: a row, a page. */
+INLINE void transferred(struct thread *t, long bytes)
+{
+	if (bytes <= 0)
+		return;
+	if (t->call == H_SEND) {
+		if (t->kind == FD_FILE)
+			t->wrote = t->object;
+		return;
+	}
+	if (t->kind != FD_SOCKET && (t->kind != FD_FILE || bytes <= TOKEN_WRITE))
+		return;
+	t->read = t->kind == FD_FILE ? t->object : 0;
+	if (alone(t)) {
+		t->gap_bytes += bytes;
+		t->gap_from = on_cpu();
+	}
+}
+
 int sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u64 id = pid_tgid();
-	__u32 tid = id, nr = ctx->args[1], target = is_target(id >> 32);
+	__u32 nr = ctx->args[1], target = is_target(pid_tgid() >> 32);
 	struct registers regs;
 	struct thread *t;
 	__u32 *call;
@@ -49,7 +77,7 @@ int sys_enter(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (read_kernel(&regs, sizeof(regs), (void *)(ctx->args[0] + 8)))
 		return 0;
-	t = entered(tid, map_lookup(MAP(THREADS), &tid), *call, nr, &regs);
+	t = entered(*call, nr, &regs);
 	if (!t)
 		return 0;
 	t->runtime = target >> 1;
@@ -59,6 +87,8 @@ int sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	if (t->rid)
 		t->runqueue_ns += delay - t->run_delay;
 	t->run_delay = delay;
+	if (t->gap_from)
+		gap_enter(t, *call);
 	if (*call == H_CLOSE)
 		tail_call(ctx, MAP(HANDLERS), H_CLOSE); /* before the number can be used again */
 	return 0;
@@ -101,7 +131,7 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		handler = map_lookup(MAP(CALLS), &nr);
 		if (!handler || !*handler || *handler == H_CLOSE)
 			return 0;
-		t = entered(tid, t, *handler, nr, &regs);
+		t = entered(*handler, nr, &regs);
 		if (!t)
 			return 0;
 		t->run_delay = run_delay();
@@ -115,6 +145,8 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	t->run_delay = delay;
 	t->exit_ns = ktime_ns();
 	t->took = t->exit_ns - t->enter_ns;
+	if (t->gap_from)
+		t->gap_from += on_cpu() - t->gap_pause;
 	if (call != H_WAIT)
 		t->key = alone(t) ? 0 : task_key(t); /* what a thread does alone is its request's */
 	if (call == H_CLOSE) {
@@ -130,6 +162,8 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		t->kind = f->kind;
 		t->object = f->object;
 		t->many = f->many;
+		if (call == H_RECEIVE || call == H_SEND)
+			transferred(t, ctx->args[1]);
 		if (call != H_DUP) {
 			if (t->kind == FD_FILE) {
 				call = H_FILE;
@@ -148,4 +182,5 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 int size_thread(void *ctx) { return sizeof(struct thread); }
 int size_conn(void *ctx) { return sizeof(struct conn); }
 int size_work(void *ctx) { return sizeof(struct work); }
+int size_hash(void *ctx) { return sizeof(struct hash); }
 int size_scratch(void *ctx) { return sizeof(struct scratch); }

@@ -11,6 +11,7 @@
 #define TOKEN_WINDOW 6
 #define TOKEN_BITS 4096
 #define TOKEN_WRITE 4096
+#define DIGEST_BYTES 64
 
 enum { /* Kind */
 	EV_HEAD = 1,
@@ -23,6 +24,7 @@ enum { /* Kind */
 	EV_TOKENS = 8,
 	EV_BODY = 9,
 	EV_MAP = 10,
+	EV_DIGEST = 11,
 };
 
 enum { /* Direction */
@@ -131,6 +133,7 @@ enum { /* Stat */
 	ST_TLS = 36,
 	ST_RING_TOKENS = 37,
 	ST_RING_BODY = 38,
+	ST_RING_DIGEST = 39,
 };
 
 enum { /* Port */
@@ -185,6 +188,8 @@ enum { /* maps */
 	MAP_FDS = 1010,
 	MAP_WORK = 1011,
 	MAP_SCRATCH = 1012,
+	MAP_HASHING = 1013,
+	MAP_HASHES = 1014,
 };
 
 #define NR_read 0
@@ -304,6 +309,8 @@ struct bp_end_event {
 	__u64 print_in;
 	__u64 print_out;
 	__u64 key;
+	__u64 gap_ns;
+	__u64 gap_bytes;
 	__u32 printed_in;
 	__u32 printed_out;
 	__u32 sequence;
@@ -315,9 +322,9 @@ struct bp_end_event {
 	__u32 lost;
 	__u32 framed;
 	__u32 lost_files;
-	__u32 pad;
+	__u32 gaps;
 };
-_Static_assert(sizeof(struct bp_end_event) == 240, "bp_end_event");
+_Static_assert(sizeof(struct bp_end_event) == 256, "bp_end_event");
 _Static_assert(__builtin_offsetof(struct bp_end_event, h) == 0, "bp_end_event.h");
 _Static_assert(__builtin_offsetof(struct bp_end_event, conn) == 24, "bp_end_event.conn");
 _Static_assert(__builtin_offsetof(struct bp_end_event, start_ns) == 32, "bp_end_event.start_ns");
@@ -340,18 +347,20 @@ _Static_assert(__builtin_offsetof(struct bp_end_event, server_ns) == 160, "bp_en
 _Static_assert(__builtin_offsetof(struct bp_end_event, print_in) == 168, "bp_end_event.print_in");
 _Static_assert(__builtin_offsetof(struct bp_end_event, print_out) == 176, "bp_end_event.print_out");
 _Static_assert(__builtin_offsetof(struct bp_end_event, key) == 184, "bp_end_event.key");
-_Static_assert(__builtin_offsetof(struct bp_end_event, printed_in) == 192, "bp_end_event.printed_in");
-_Static_assert(__builtin_offsetof(struct bp_end_event, printed_out) == 196, "bp_end_event.printed_out");
-_Static_assert(__builtin_offsetof(struct bp_end_event, sequence) == 200, "bp_end_event.sequence");
-_Static_assert(__builtin_offsetof(struct bp_end_event, tid) == 204, "bp_end_event.tid");
-_Static_assert(__builtin_offsetof(struct bp_end_event, recv_calls) == 208, "bp_end_event.recv_calls");
-_Static_assert(__builtin_offsetof(struct bp_end_event, send_calls) == 212, "bp_end_event.send_calls");
-_Static_assert(__builtin_offsetof(struct bp_end_event, status) == 216, "bp_end_event.status");
-_Static_assert(__builtin_offsetof(struct bp_end_event, flags) == 220, "bp_end_event.flags");
-_Static_assert(__builtin_offsetof(struct bp_end_event, lost) == 224, "bp_end_event.lost");
-_Static_assert(__builtin_offsetof(struct bp_end_event, framed) == 228, "bp_end_event.framed");
-_Static_assert(__builtin_offsetof(struct bp_end_event, lost_files) == 232, "bp_end_event.lost_files");
-_Static_assert(__builtin_offsetof(struct bp_end_event, pad) == 236, "bp_end_event.pad");
+_Static_assert(__builtin_offsetof(struct bp_end_event, gap_ns) == 192, "bp_end_event.gap_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, gap_bytes) == 200, "bp_end_event.gap_bytes");
+_Static_assert(__builtin_offsetof(struct bp_end_event, printed_in) == 208, "bp_end_event.printed_in");
+_Static_assert(__builtin_offsetof(struct bp_end_event, printed_out) == 212, "bp_end_event.printed_out");
+_Static_assert(__builtin_offsetof(struct bp_end_event, sequence) == 216, "bp_end_event.sequence");
+_Static_assert(__builtin_offsetof(struct bp_end_event, tid) == 220, "bp_end_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_end_event, recv_calls) == 224, "bp_end_event.recv_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, send_calls) == 228, "bp_end_event.send_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, status) == 232, "bp_end_event.status");
+_Static_assert(__builtin_offsetof(struct bp_end_event, flags) == 236, "bp_end_event.flags");
+_Static_assert(__builtin_offsetof(struct bp_end_event, lost) == 240, "bp_end_event.lost");
+_Static_assert(__builtin_offsetof(struct bp_end_event, framed) == 244, "bp_end_event.framed");
+_Static_assert(__builtin_offsetof(struct bp_end_event, lost_files) == 248, "bp_end_event.lost_files");
+_Static_assert(__builtin_offsetof(struct bp_end_event, gaps) == 252, "bp_end_event.gaps");
 
 struct bp_open_event {
 	struct bp_header h;
@@ -511,6 +520,32 @@ _Static_assert(__builtin_offsetof(struct bp_map_event, size) == 32, "bp_map_even
 _Static_assert(__builtin_offsetof(struct bp_map_event, prot) == 40, "bp_map_event.prot");
 _Static_assert(__builtin_offsetof(struct bp_map_event, flags) == 44, "bp_map_event.flags");
 
+struct bp_digest_event {
+	struct bp_header h;
+	__u64 bytes;
+	__u64 ns;
+	__u64 timed_bytes;
+	__u64 key;
+	__u64 read;
+	__u64 wrote;
+	__u32 tid;
+	__u32 calls;
+	__u32 algorithm;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct bp_digest_event) == 88, "bp_digest_event");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, h) == 0, "bp_digest_event.h");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, bytes) == 24, "bp_digest_event.bytes");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, ns) == 32, "bp_digest_event.ns");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, timed_bytes) == 40, "bp_digest_event.timed_bytes");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, key) == 48, "bp_digest_event.key");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, read) == 56, "bp_digest_event.read");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, wrote) == 64, "bp_digest_event.wrote");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, tid) == 72, "bp_digest_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, calls) == 76, "bp_digest_event.calls");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, algorithm) == 80, "bp_digest_event.algorithm");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, pad) == 84, "bp_digest_event.pad");
+
 struct bp_fd_entry {
 	__u64 object;
 	__u32 kind;
@@ -534,5 +569,27 @@ struct bp_layout_entry {
 _Static_assert(sizeof(struct bp_layout_entry) == 8, "bp_layout_entry");
 _Static_assert(__builtin_offsetof(struct bp_layout_entry, slot) == 0, "bp_layout_entry.slot");
 _Static_assert(__builtin_offsetof(struct bp_layout_entry, member) == 4, "bp_layout_entry.member");
+
+struct bp_hashing_entry {
+	__u64 calls;
+	__u64 bytes;
+	__u64 ns;
+	__u64 copies;
+	__u64 digests;
+	__u64 bytes_hashed;
+	__u32 algorithm;
+	__u32 keeps;
+	__u8 value[64];
+};
+_Static_assert(sizeof(struct bp_hashing_entry) == 120, "bp_hashing_entry");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, calls) == 0, "bp_hashing_entry.calls");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, bytes) == 8, "bp_hashing_entry.bytes");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, ns) == 16, "bp_hashing_entry.ns");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, copies) == 24, "bp_hashing_entry.copies");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, digests) == 32, "bp_hashing_entry.digests");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, bytes_hashed) == 40, "bp_hashing_entry.bytes_hashed");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, algorithm) == 48, "bp_hashing_entry.algorithm");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, keeps) == 52, "bp_hashing_entry.keeps");
+_Static_assert(__builtin_offsetof(struct bp_hashing_entry, value) == 56, "bp_hashing_entry.value");
 
 #endif

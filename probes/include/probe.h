@@ -128,6 +128,13 @@ struct thread {
 	__u32 entered; /* its exit is to come */
 	__u32 kind;    /* of the call's descriptor */
 	__u64 object;  /* behind it */
+	__u64 read, wrote; /* the files that bytes were last read from (0: a socket) and written to */
+	__u64 gap_from, gap_pause; /* on-CPU time since the last read of a body, and when a call that is none of a gap's began */
+	__u64 gap_ns, gap_bytes;
+	__u64 hash_ns, hash_ctx, hash_bytes; /* the call of a hash function under way: it began, on that state, with so many bytes */
+	__u64 final_to, final_ctx, final_bytes; /* the digest under way: where its value is put, from which state, of how many bytes */
+	__u32 final_algorithm;
+	__u32 gaps;
 };
 
 /* fds: key = tgid << 32 | fd, value = struct bp_fd_entry; from open, accept, dup or first use until close. */
@@ -146,6 +153,20 @@ struct work {
 	__u64 rid, key, print;
 	__u32 write_calls, read_calls, syncs, others;
 	__u32 printed, flags, tid, answered;
+};
+
+/*
+ * hashes: key = {tgid, state}; the calls on one hash function's state since it was made or finished. In an LRU map: a state that
+ * is given up says nothing, and one that is forgotten has fewer bytes timed than hashed, which is how user space tells.
+ */
+struct hash_key {
+	__u64 tgid, ctx;
+};
+struct hash {
+	__u64 ns, bytes;
+	__u64 of; /* the state that it is a copy of */
+	__u32 calls;
+	__u32 done;
 };
 
 struct vector {
@@ -179,7 +200,8 @@ struct scratch {
 		__u64 set[TOKEN_BITS / 64];
 	} tokens;
 	unsigned char text[TOKEN_BYTES]; /* wiped after use */
-	struct conn blank; /* stays zero: a new connection is copied from it */
+	struct conn blank; /* stays zero: a new connection is copied from it, */
+	struct thread idle; /* and a new thread from this */
 	__u64 zeroes[TOKEN_BITS / 64];
 };
 
@@ -297,6 +319,33 @@ INLINE struct thread *thread(void)
 	__u32 tid = pid_tgid();
 
 	return map_lookup(MAP(THREADS), &tid);
+}
+
+/* The thread's entry, made where there is none. 0: no room (counted). */
+INLINE struct thread *thread_made(void)
+{
+	struct thread *t = thread();
+	struct scratch *x = scratch();
+	__u32 tid = pid_tgid();
+
+	if (t || !x)
+		return t;
+	if (map_update(MAP(THREADS), &tid, &x->idle, NOEXIST)) {
+		stat_add(ST_MAP_THREADS, 1);
+		return 0;
+	}
+	return thread();
+}
+
+/*
+ * How long the current thread has run, ns, from a start of its own: the difference of two is the time on a CPU between them. The
+ * scheduler's sum is of when exec_start was set, so that the time since then is to be added.
+ */
+INLINE __u64 on_cpu(void)
+{
+	__u64 task = current_task();
+
+	return ktime_ns() + kernel_word(task + OFF_TASK_RUNTIME) - kernel_word(task + OFF_TASK_EXEC_START);
 }
 
 INLINE __u64 user_word(__u64 address)
@@ -649,6 +698,10 @@ INLINE void bind(struct thread *t, __u64 sk, struct conn *c, struct slot *s)
 	t->sk = sk;
 	t->rid = s->rid;
 	t->mine = s->reader == tid;
+	t->gap_from = 0;
+	t->gap_ns = 0;
+	t->gap_bytes = 0;
+	t->gaps = 0;
 	t->runqueue_ns = 0;
 	t->lost = 0;
 }
@@ -699,6 +752,9 @@ INLINE void end_emit(struct conn *c, struct slot *s, struct thread *t, __u32 out
 	if (t && t->rid == s->rid && !t->loop) {
 		e.runqueue_ns += t->runqueue_ns;
 		e.lost += t->lost;
+		e.gap_ns = t->gap_ns;
+		e.gap_bytes = t->gap_bytes;
+		e.gaps = t->gaps;
 	}
 	stat_add(ST_COMPLETE + outcome, 1);
 	emit(&e, sizeof(e), ST_RING_END);
