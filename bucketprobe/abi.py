@@ -344,7 +344,8 @@ class DigestEvent(ctypes.Structure):
     """A digest over `bytes` was finished (`what`: FileFlag.ALONE or 0); `n` bytes of its value follow. `algorithm` is OpenSSL's NID.
 
     `ns`: on-CPU time in the hash function for the `timed_bytes` of it, in `calls` calls, with the probes' own time in it; 0 while
-    calls are not timed. `read`, `wrote`: the generations of the files that the thread had read from (0: a socket) and written to last.
+    calls are not timed. `read`, `wrote`: the generations of the files that the thread had read from (0: a socket) and written to last. `ran_ns`:
+    how long the thread had been on a CPU, from a start of its own.
     """
 
     _fields_ = (
@@ -355,6 +356,7 @@ class DigestEvent(ctypes.Structure):
         ("key", U64),
         ("read", U64),
         ("wrote", U64),
+        ("ran_ns", U64),
         ("tid", U32),
         ("calls", U32),
         ("algorithm", U32),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bucketprobe import abi, bpf, capture, decode, privileges, web
-from bucketprobe.catalog import CAPABILITY_SET_NAMES, HealthSnapshot
+from bucketprobe.catalog import CAPABILITY_SET_NAMES, DigestHealth, HealthSnapshot
 from bucketprobe.config import FileClasses, Settings
 from bucketprobe.errors import BucketprobeError
 from bucketprobe.exporters.jsonl import JsonLines, open_records
@@ -24,6 +24,7 @@ from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
 from bucketprobe.link import BrokerLink, log
 from bucketprobe.model import OUTCOMES, Request, Share
 from bucketprobe.sinks.attribution import AttributionSink
+from bucketprobe.sinks.integrity import IntegritySink
 from bucketprobe.sinks.metrics import MetricsSink
 from bucketprobe.stats import read_stats
 from bucketprobe.tracker import Tracker
@@ -92,7 +93,10 @@ class Agent:
         settings, link = self._settings, self._link
         self._sink = MetricsSink(settings.tags.labels())
         self._attribution = AttributionSink()
-        self._tracker = Tracker(FileClasses(settings.storage), self._clock.wall_ns, self._path_of, self._cwd_of, self._finished)
+        self._integrity = IntegritySink()
+        self._hashing: dict[str, Any] = {}  # what digests cost, as the broker says
+        classes, declared = FileClasses(settings.storage), settings.digest.declared
+        self._tracker = Tracker(classes, self._clock.wall_ns, self._path_of, self._cwd_of, self._finished, declared)
         self._control = capture.ControlServer(control_socket, self._status, self._lost_flat)
         text = PrometheusText(self._sink.collect, self._health)
         wake, wake_end = socket.socketpair()
@@ -229,6 +233,16 @@ class Agent:
                 case "files":
                     for gen, _fd, path, flags in message["files"]:
                         self._tracker.learn_file(gen, path, flags)
+                case "hasher":
+                    log(f"pid {message['tgid']}: digests by {message['detail']}")
+                    self._tracker.learn_hasher(message["tgid"], proven=message["proven"])
+                case "hashed":
+                    self._tracker.learn_hashing(message["tgid"], message["bytes"], message["ns"], message["from"], message["until"])
+                case "probing":
+                    self._tracker.learn_probing(message["tgid"], on=message["on"], at_ns=message["at"])
+                case "digests":
+                    self._hashing = message
+                    self._tracker.inside_ns = message["inside_ns"]
                 case "records":
                     assert self._records is not None
                     self._records.reopen(descriptors[0])
@@ -245,6 +259,7 @@ class Agent:
     def _finished(self, request: Request) -> None:
         self._sink.observe(request)
         self._attribution.observe(request)
+        self._integrity.observe(request)
         self._control.offer(request)
         if self._records:
             self._records.write(request)
@@ -295,6 +310,24 @@ class Agent:
             attributed=self._attributed(),
             gap_bytes=self._tracker.gap_bytes,
             coverage_gaps=("tls",) if stats[abi.Stat.TLS] else (),
+            digest=self._digest_health(),
+        )
+
+    def _digest_health(self) -> DigestHealth:
+        spec, told = self._settings.digest, self._hashing
+        budgets = {"time": spec.time_budget_pct / 100, "total": spec.total_budget_pct / 100} if spec.mode == "auto" else {}
+        return DigestHealth(
+            requests=dict(self._integrity.requests),
+            compared=dict(self._integrity.compared),
+            mismatches=dict(self._integrity.mismatches),
+            accepted=self._integrity.accepted,
+            unattributed=self._tracker.unattributed_digests(),
+            budgets=budgets,
+            cost=told.get("cost_s", {}),
+            prices={name: ns / 1e9 for name, ns in told.get("prices_ns", {}).items()},
+            target_cpu=told.get("target_cpu_s"),
+            attached=told.get("attached", {}),
+            windows=told.get("windows", 0),
         )
 
     def _attributed(self) -> dict[tuple[str, str], Share]:

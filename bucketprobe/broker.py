@@ -23,6 +23,7 @@ from contextlib import suppress
 from bucketprobe import abi, bpf, program, runtimes, target, wire
 from bucketprobe.config import Settings
 from bucketprobe.errors import BucketprobeError
+from bucketprobe.hashing import Hashing
 from bucketprobe.stats import read_stats
 
 #: How often the targets are looked for again: while there is none, and otherwise.
@@ -69,6 +70,9 @@ class Broker:
         self._set_config(abi.Config.WATCH_EXEC, int(settings.target.asks_on_exec))
         for port in settings.target.ports:
             self._serve(port, abi.Port.CONFIGURED)
+        self._hashing: Hashing | None = None
+        if settings.digest.mode != "off":
+            self._hashing = Hashing(settings.digest, settings.user, self._maps, self._probes.uprobes, self._tell)
 
     def run(self) -> None:
         """Serves the agent until it is gone."""
@@ -83,6 +87,8 @@ class Broker:
             },
             (self._maps["events"], self._maps["stats"]),
         )
+        if self._hashing:
+            self._hashing.start()
         poll = select.poll()
         poll.register(self._agent, select.POLLIN)
         search_at = sweep_at = settle_at = 0.0
@@ -103,6 +109,10 @@ class Broker:
             if self._gone and now >= sweep_at:
                 self._sweep()
                 sweep_at = now + SWEEP_SECONDS
+
+    def _tell(self, message: wire.Message) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # whoever reads for the agent sees that it is gone
+            wire.send(self._agent, message)
 
     def _log(self, text: str) -> None:
         wire.send(self._agent, {"op": "log", "text": text})
@@ -126,9 +136,13 @@ class Broker:
             case "fork":
                 if self._targets[tgid] == 1:  # what ran in its parent is not known, either
                     self._unsettled[tgid] = target.start_time(tgid), SETTLE_TRIES
+                if self._hashing:
+                    self._hashing.watch(tgid)
             case "gone":
                 self._gone.add(tgid)
                 self._known.pop(tgid, None)
+                if self._hashing:
+                    self._hashing.forget(tgid)
             case "cwd":
                 wire.send(self._agent, {"op": "cwd", "found": target.cwd(tgid)})
             case "path":
@@ -137,6 +151,8 @@ class Broker:
                 self._reopen()
             case "detach":
                 self._probes.detach()
+                if self._hashing:
+                    self._hashing.detach()
                 wire.send(self._agent, {"op": "detach"})
             case "stats":
                 wire.send(self._agent, {"op": "stats", "values": read_stats(self._maps["stats"])})
@@ -175,6 +191,8 @@ class Broker:
         self._targets[tgid] = 1
         self._unsettled[tgid] = start, SETTLE_TRIES
         self._settle(tgid)
+        if self._hashing:
+            self._hashing.watch(tgid)
 
     def _settle(self, tgid: int) -> None:
         """Finds out what runs in a target. A process that has only just begun may not show it yet, so it is asked again."""

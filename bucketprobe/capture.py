@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TextIO
 import orjson
 
 from bucketprobe.errors import AgentBusy, BucketprobeError, EnvironmentLack, UsageError
-from bucketprobe.model import LABELS, OPERATIONS, PHASES_AS_THEY_HAPPEN, Request
+from bucketprobe.model import DIGEST_SOURCES, LABELS, OPERATIONS, PHASES_AS_THEY_HAPPEN, Request
 
 Record = dict[str, Any]
 
@@ -45,6 +45,9 @@ MAX_CLIENTS = 8
 GRACE_S = 5.0
 #: What one capture keeps on the client's side; the rest is counted.
 MAX_RECORDS = 100_000
+
+#: Requests whose digest does not fit that a summary keeps whole; the others are counted.
+MAX_MISMATCHED = 20
 
 #: The phases that are absent, and not 0, where file work was not seen.
 _FILE_PHASES = ("storage_write", "storage_sync", "storage_read", "metadata")
@@ -63,7 +66,8 @@ class Spread:
 
     `requests` counts those in which it occurred; it is 0 ms in the others, and the percentiles (nearest rank: the
     smallest value that at least p percent of the requests do not exceed) include them. `share`: of the summed duration.
-    A request whose file work may not have been seen is no 0 ms in a phase of file work: there it is left out.
+    A request whose file work may not have been seen is no 0 ms in a phase of file work: there it is left out. So is one whose time of
+    hashing is not known in the phase digest.
     """
 
     requests: int
@@ -85,13 +89,50 @@ class WorkShare:
 
 
 @dataclass(slots=True)
+class Hashing:
+    """How fast an operation's bytes were hashed, over the requests in which that is known.
+
+    `sources`: those requests by where the time comes from (`model.DIGEST_SOURCES`); `ms`: their CPU time of hashing together, `bytes`
+    and `bytes_per_second` over those of them whose bytes are known too. `error_pct`: by how much `ms` may be off, in per cent.
+    """
+
+    sources: dict[str, int]
+    ms: float
+    error_pct: float
+    bytes: int
+    bytes_per_second: int | None
+
+
+@dataclass(slots=True)
+class Digests:
+    """What the captured requests say of integrity; each is a number of requests, `verified` of digests.
+
+    `compared`: requests that declare a digest, by how the computed one compares (`match`, `mismatch`, or `unknown` where it was not seen);
+    `mismatches`: those whose digest does not fit, by what said so (`computed`, `answer`); `accepted`: those of them that were
+    answered with success all the same; `verified`: digests over bytes read back from storage, by whether they are the declared one.
+    `mismatched`: the records of requests with any mismatch, at most `MAX_MISMATCHED`: those that were answered with success first,
+    since nobody else knows of them.
+    """
+
+    compared: dict[str, int]
+    mismatches: dict[str, int]
+    accepted: int
+    verified: dict[str, int]
+    mismatched: list[Record]
+
+
+@dataclass(slots=True)
 class OperationSummary:
-    """`phases` in `PHASES_AS_THEY_HAPPEN` order, only those that occurred; their shares add up to 1. `limited_by`: requests."""
+    """`phases` in `PHASES_AS_THEY_HAPPEN` order, only those that occurred; their shares add up to 1. `limited_by`: requests.
+
+    `hashing` is None where no time of hashing is known.
+    """
 
     requests: int
     limited_by: dict[str, int]
     duration: Spread
     phases: dict[str, Spread]
+    hashing: Hashing | None
 
 
 @dataclass(slots=True)
@@ -110,6 +151,7 @@ class Summary:
     labels: dict[str, int]
     work: dict[str, WorkShare]
     coverage_gaps: dict[str, int]
+    digests: Digests
     lost_events: int
     slowest: list[Record]
 
@@ -117,13 +159,15 @@ class Summary:
 def summarise(records: Iterable[Record], slowest: int = 3) -> Summary:
     """Sum up records of `Request.record()`'s form; keeps 8 bytes a request and phase, and the `slowest` records whole.
 
-    What an agent of an earlier version does not say (waiting, gaps, the split of file work) is unknown or left out.
+    What an agent of an earlier version does not say (waiting, gaps, the split of file work, digests) is unknown or left out.
     """
     times: dict[str, dict[str, array[float]]] = {}
     unseen: Counter[tuple[str, str]] = Counter()
     limits: dict[str, Counter[str]] = {}
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "outcome", "label", "gap")}
     work: dict[str, WorkShare] = {}
+    hashing: dict[str, _HashingSum] = {}
+    integrity = _IntegritySum()
     lost_events = 0
     heap: list[tuple[float, int, Record]] = []
     for number, record in enumerate(records):
@@ -141,19 +185,30 @@ def summarise(records: Iterable[Record], slowest: int = 3) -> Summary:
         counts["label"][record["attribution"]["label"]] += 1
         counts["gap"].update(gaps)
         _add_work(work, record)
+        digest = record.get("digest")
+        if digest:
+            hashing.setdefault(record["operation"], _HashingSum()).add(digest)
+            integrity.add(record, digest)
+            if digest["source"] == "none" and "digest" not in record["phases"]:
+                unseen[record["operation"], "digest"] += 1
         lost_events += record["lost_events"]
         heapq.heappush(heap, (duration, -number, record))
         if len(heap) > slowest:
             heapq.heappop(heap)
     return Summary(
         requests=counts["outcome"].total(),
-        operations={name: _operation(name, times[name], limits[name], unseen) for name in OPERATIONS if name in times},
+        operations={
+            name: _operation(name, times[name], limits[name], unseen, hashing.get(name, _HashingSum()))
+            for name in OPERATIONS
+            if name in times
+        },
         statuses=dict(sorted(counts["status"].items())),
         outcomes=dict(counts["outcome"].most_common()),
         limited_by=dict(sum(limits.values(), Counter()).most_common()),
         labels=dict(counts["label"].most_common()),
         work=_shares(work),
         coverage_gaps=dict(counts["gap"].most_common()),
+        digests=integrity.summary(),
         lost_events=lost_events,
         slowest=[record for _, _, record in sorted(heap, key=lambda entry: entry[:2], reverse=True)],
     )
@@ -175,13 +230,83 @@ def _shares(work: dict[str, WorkShare]) -> dict[str, WorkShare]:
     return {label: work[label] for label in LABELS if label in work}
 
 
+@dataclass(slots=True)
+class _HashingSum:
+    sources: Counter[str] = field(default_factory=Counter)
+    ms: float = 0.0
+    #: Sum of milliseconds by which the times may be off.
+    off_ms: float = 0.0
+    bytes: int = 0
+    ms_of_bytes: float = 0.0
+
+    def add(self, digest: Record) -> None:
+        ms = digest["ms"]
+        if ms is None:
+            return
+        self.sources[digest["source"]] += 1
+        self.ms += ms
+        self.off_ms += ms * (digest["error_pct"] or 0.0) / 100
+        if digest["bytes"]:
+            self.bytes += digest["bytes"]
+            self.ms_of_bytes += ms
+
+    def summary(self) -> Hashing | None:
+        if not self.sources:
+            return None
+        # Estimates from one calibration are off in the same direction: their errors add up, and do not cancel.
+        error_pct = self.off_ms / self.ms * 100 if self.ms else 0.0
+        rate = round(self.bytes / self.ms_of_bytes * 1000) if self.ms_of_bytes else None
+        sources: dict[str, int] = {name: self.sources[name] for name in DIGEST_SOURCES if name in self.sources}
+        return Hashing(sources, self.ms, error_pct, self.bytes, rate)
+
+
+@dataclass(slots=True)
+class _IntegritySum:
+    compared: Counter[str] = field(default_factory=Counter)
+    mismatches: Counter[str] = field(default_factory=Counter)
+    accepted: int = 0
+    verified: Counter[str] = field(default_factory=Counter)
+    #: Requests with a mismatch, by whether they were answered with success.
+    mismatched: dict[bool, list[Record]] = field(default_factory=lambda: {True: [], False: []})
+
+    def add(self, record: Record, digest: Record) -> None:
+        if digest["declared"] is not None:
+            self.compared[digest["result"] or "unknown"] += 1
+        source, verified = digest["mismatch_source"], digest["post_storage_verify"]
+        self.verified.update(verified)
+        if source is not None:
+            self.mismatches[source] += 1
+            self.accepted += _succeeded(record)
+        if source is not None or "mismatch" in verified:
+            kept = self.mismatched[_succeeded(record)]
+            if len(kept) < MAX_MISMATCHED:
+                kept.append(record)
+
+    def summary(self) -> Digests:
+        return Digests(
+            compared=dict(self.compared.most_common()),
+            mismatches=dict(self.mismatches.most_common()),
+            accepted=self.accepted,
+            verified=dict(self.verified.most_common()),
+            mismatched=(self.mismatched[True] + self.mismatched[False])[:MAX_MISMATCHED],
+        )
+
+
+def _succeeded(record: Record) -> bool:
+    return record["status"] is not None and 200 <= record["status"] < 300
+
+
 def _operation(
-    name: str, times: Mapping[str, array[float]], limits: Counter[str], unseen: Mapping[tuple[str, str], int]
+    name: str,
+    times: Mapping[str, array[float]],
+    limits: Counter[str],
+    unseen: Mapping[tuple[str, str], int],
+    hashing: _HashingSum,
 ) -> OperationSummary:
     requests = len(times[""])
     total = sum(times[""])
     phases = {phase: _spread(times[phase], requests - unseen[name, phase], total) for phase in PHASES_AS_THEY_HAPPEN if phase in times}
-    return OperationSummary(requests, dict(limits.most_common()), _spread(times[""], requests, total), phases)
+    return OperationSummary(requests, dict(limits.most_common()), _spread(times[""], requests, total), phases, hashing.summary())
 
 
 def _spread(values: array[float], requests: int, all_ms: float) -> Spread:
@@ -238,6 +363,7 @@ def render_table(summary: Summary, color: bool, width: int, unicode: bool = True
             lines.append(_counts(title, numbers))
     if summary.work:
         lines.append(f"  {'file work':<12} " + ", ".join(_work_share(label, share) for label, share in summary.work.items()))
+    lines += _integrity(summary.digests, look)
     for reason, number in summary.coverage_gaps.items():
         lines.append(f"  warning: {_plain(_gap_words(reason))} ({_count(number, 'request')})")
     if summary.lost_events:
@@ -246,12 +372,64 @@ def render_table(summary: Summary, color: bool, width: int, unicode: bool = True
         lines += ["", _bold(f"{name}, {_count(operation.requests, 'request')}", look)]
         if operation.limited_by.keys() != {"unknown"}:
             lines.append(_counts("limited by", operation.limited_by))
+        if operation.hashing:
+            lines.append(f"  {'hashing':<12} {_plain(_hashing(operation.hashing, look))}")
         lines += _operation_table(operation, look)
     if summary.operations:
         lines += ["", "Percentiles are nearest-rank over all requests of the operation; a phase that one did not have is 0 ms in it."]
         if summary.coverage_gaps:
             lines.append("Requests with such a warning are left out of the storage and metadata phases that they lack.")
+        if any(_hashing_unknown(operation) for operation in summary.operations.values()):
+            lines.append("Requests whose time of hashing is not known are left out of the phase digest.")
     return "\n".join(lines) + "\n"
+
+
+def _integrity(digests: Digests, look: Look) -> list[str]:
+    """Whether digests fit; nothing where no request declares or verifies one."""
+    lines = []
+    if digests.compared:
+        lines.append(_counts("digests", {_COMPARED_WORDS.get(name, name): number for name, number in digests.compared.items()}))
+    if digests.verified:
+        lines.append(_counts("read back", digests.verified))
+    if digests.mismatches:
+        said = ", ".join(f"by {_MISMATCH_WORDS.get(source, source)}: {number}" for source, number in digests.mismatches.items())
+        accepted = f"; answered with success all the same: {digests.accepted}" if digests.accepted else ""
+        lines.append(_alarm(f"  DIGEST MISMATCH in {_count(sum(digests.mismatches.values()), 'request')} ({said}{accepted})", look))
+    if digests.verified.get("mismatch"):
+        lines.append(_alarm(f"  STORED BYTES DIFFER: {digests.verified['mismatch']} of the digests over what was read back", look))
+    lines += [f"    {_plain(_mismatched(record))}" for record in digests.mismatched[:_MISMATCHED_SHOWN]]
+    if len(digests.mismatched) > _MISMATCHED_SHOWN:
+        lines.append("    and more: see the records, or this capture as JSON")
+    return lines
+
+
+_MISMATCHED_SHOWN = 5
+
+_COMPARED_WORDS = {"unknown": "not compared"}
+
+#: By name in model.MismatchSource.
+_MISMATCH_WORDS = {"computed": "the computed digest", "answer": "the service's answer"}
+
+
+def _mismatched(record: Record) -> str:
+    status = "unknown" if record["status"] is None else record["status"]
+    accepted = " although it does not fit" if record["digest"]["mismatch_source"] and _succeeded(record) else ""
+    names = ", ".join(f"{key} {record[name]}" for key, name in _NAMES if record[name] is not None)
+    return f"{record['time']}  {record['operation']}  status {status}{accepted}  id {record['id']}" + (f"  ({names})" if names else "")
+
+
+def _hashing_unknown(operation: OperationSummary) -> bool:
+    """Whether the operation has the phase digest, and requests of which the time of hashing is not known."""
+    known = sum(operation.hashing.sources.values()) if operation.hashing else 0
+    return "digest" in operation.phases and known < operation.requests
+
+
+def _hashing(hashing: Hashing, look: Look) -> str:
+    requests = sum(hashing.sources.values())
+    rate = f" at {_rate(hashing.bytes_per_second)}" if hashing.bytes_per_second else ""
+    sources = ", ".join(f"{source}: {number}" for source, number in hashing.sources.items())
+    known = f"{hashing.ms / requests:.3f} ms of CPU a request {_within(hashing.error_pct, look)}{rate}"
+    return f"{known}; known of {_count(requests, 'request')} ({sources})"
 
 
 _COLUMNS = f"  {'phase':<15} {'requests':>8} {'p50 ms':>11} {'p95 ms':>11} {'p99 ms':>11} {'share':>8}"
@@ -300,12 +478,13 @@ def _heading(number: int, record: Record, look: Look) -> list[str]:
         f"   in {_size(record['bytes_in'])}, out {_size(record['bytes_out'])}  {record['time']}  id {record['id']}",
         f"   {_waiting(record)}",
         *_file_work(record["id"], record["attribution"]),
+        *_digest(record.get("digest"), look),
         *(f"   warning: {_gap_words(reason)}" for reason in record.get("coverage_gaps", ())),
     ]
     if record["lost_events"]:
         lines.append(f"   {_count(record['lost_events'], 'event')} of it lost: its figures are lower bounds")
     first, *others = map(_plain, lines)
-    return [_bold(first, look), *others]
+    return [_bold(first, look), *others, *(_alarm(_plain(line), look) for line in _alarms(record))]
 
 
 def _waiting(record: Record) -> str:
@@ -328,6 +507,50 @@ def _file_work(own: str, attribution: Record) -> Iterator[str]:
         yield f"     shared with {_count(len(others), 'request')}: {', '.join(others[:_CANDIDATES_SHOWN])}{more}"
     if attribution["unattributed_bytes"]:
         yield f"     {_size(attribution['unattributed_bytes'])} meanwhile tied to no request"
+
+
+def _digest(digest: Record | None, look: Look) -> Iterator[str]:
+    """What hashing cost the request and whether its digest fits; nothing where neither is known."""
+    if digest is None:
+        return
+    known = []
+    if digest["ms"] is not None:
+        within = "" if digest["error_pct"] is None else f" {_within(digest['error_pct'], look)}"
+        known.append(f"{digest['ms']:.3f} ms of CPU{within}, {_SOURCE_WORDS.get(digest['source'], digest['source'])}")
+        if digest["bytes"] is not None:
+            rate = f" at {_rate(digest['bytes_per_second'])}" if digest["bytes_per_second"] else ""
+            known.append(f"{_size(digest['bytes'])}{rate}")
+    if digest["result"] == "match":
+        known.append("matches the declared one")
+    elif known and digest["declared"] is not None and digest["result"] is None:
+        known.append("not compared with the declared one")
+    if digest["post_storage_verify"]:
+        known.append("read back: " + ", ".join(digest["post_storage_verify"]))
+    if known:
+        yield f"   digest: {'; '.join(known)}"
+
+
+#: By name in model.DIGEST_SOURCES.
+_SOURCE_WORDS = {
+    "exact": "each call measured",
+    "gap": "from the time between reading and writing",
+    "model": "from its bytes",
+    "sample": "from samples of the CPU",
+    "none": "not known how",
+}
+
+
+def _alarms(record: Record) -> Iterator[str]:
+    """What is wrong with the request's bytes, in words that stand out without colour."""
+    digest = record.get("digest") or {}
+    source = digest.get("mismatch_source")
+    if source is not None:
+        accepted = ", and the service answered with success" if _succeeded(record) else ""
+        yield f"   DIGEST MISMATCH, by {_MISMATCH_WORDS.get(source, source)}{accepted}"
+        yield f"     declared {digest['declared'] or 'unknown'}"
+        yield f"     computed {digest['computed'] or 'not seen'}"
+    if "mismatch" in digest.get("post_storage_verify", ()):
+        yield "   STORED BYTES DIFFER: what was read back from storage has another digest"
 
 
 _CANDIDATES_SHOWN = 4
@@ -401,6 +624,18 @@ def _size(size: int | None) -> str:
             return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} GiB"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e6:,.0f} MB/s"
+
+
+def _within(error_pct: float, look: Look) -> str:
+    return f"{'±' if look.unicode else '+-'}{error_pct:.1f} %"
+
+
+def _alarm(text: str, look: Look) -> str:
+    return f"\x1b[31m{text}\x1b[0m" if look.color else text
 
 
 def _bold(text: str, look: Look) -> str:

@@ -16,7 +16,19 @@ from typing import Literal, NamedTuple, get_args
 from bucketprobe import __version__
 from bucketprobe.abi import Kind as EventKind
 from bucketprobe.abi import Stat
-from bucketprobe.model import EVIDENCE, GAPS, LABELS, OUTCOMES, PHASES, TRACKER_LOSSES, Limit, Share
+from bucketprobe.model import (
+    DIGEST_RESULTS,
+    DIGEST_SOURCES,
+    EVIDENCE,
+    GAPS,
+    LABELS,
+    OUTCOMES,
+    PHASES,
+    TRACKER_LOSSES,
+    Limit,
+    MismatchSource,
+    Share,
+)
 
 Kind = Literal["counter", "histogram", "gauge"]
 
@@ -108,6 +120,40 @@ PHASE_DURATION = Metric(
     DURATION_BUCKETS,
     tuple((operation, phase) for operation in ARTIFACT_OPERATIONS for phase in PHASES),
 )
+DIGEST_DURATION = Metric(
+    "bucket.integrity.digest.duration",
+    "histogram",
+    "milliseconds",
+    (),
+    "CPU time of a request's hashing, measured or estimated, for each request where it is known; the record says how, and how exactly.",
+    DURATION_BUCKETS,
+    ((),),
+)
+DIGEST_SIZE = Metric(
+    "bucket.integrity.digest.size",
+    "histogram",
+    "bytes",
+    (),
+    "Bytes hashed for a request, of its body and of what was read back, where the time of its hashing is known.",
+    SIZE_BUCKETS,
+    ((),),
+)
+DIGEST_MISMATCH = Metric(
+    "bucket.integrity.digest_mismatch.count",
+    "counter",
+    "",
+    (),
+    "Requests whose body has another digest than declared, by the digest that the service computed, else by its answer.",
+    closed=((),),
+)
+POST_STORAGE_VERIFY = Metric(
+    "bucket.integrity.post_storage_verify.count",
+    "counter",
+    "",
+    ("result",),
+    "Digests over bytes that were read back from storage, by whether each is the declared one (or, with none declared, the body's).",
+    closed=tuple((result,) for result in DIGEST_RESULTS),
+)
 QUEUE_DELAY = Metric(
     "bucket.performance.queue_delay.duration",
     "histogram",
@@ -126,7 +172,20 @@ BACKLOG = Metric(
 )
 
 #: In the order of the exposition and of the README.
-CATALOG = (WRITE_COUNT, WRITE_DURATION, WRITE_SIZE, READ_COUNT, READ_DURATION, PHASE_DURATION, QUEUE_DELAY, BACKLOG)
+CATALOG = (
+    WRITE_COUNT,
+    WRITE_DURATION,
+    WRITE_SIZE,
+    READ_COUNT,
+    READ_DURATION,
+    PHASE_DURATION,
+    DIGEST_DURATION,
+    DIGEST_SIZE,
+    DIGEST_MISMATCH,
+    POST_STORAGE_VERIFY,
+    QUEUE_DELAY,
+    BACKLOG,
+)
 
 
 class Point(NamedTuple):
@@ -183,6 +242,40 @@ GAP_BYTES = tuple((reason, direction) for reason in GAPS for direction in ("writ
 EVENT_KINDS = tuple(kind.name.lower() for kind in EventKind)
 
 
+#: What the probes on digests are for: the time of each call, or the value of each digest.
+DIGEST_PARTS = ("time", "value")
+#: What came of comparing a digest with the declared one; `unknown` where none was seen.
+COMPARED = (*DIGEST_RESULTS, UNKNOWN)
+#: What may say that a digest does not fit.
+MISMATCH_SOURCES = get_args(MismatchSource)
+
+
+@dataclass(frozen=True, slots=True)
+class DigestHealth:
+    """What the agent says of digests at one moment: whose time and value it knows, and what knowing them costs.
+
+    `requests`: finished requests on artifacts by `DIGEST_SOURCES`; `compared`: those that declare a digest, by `COMPARED`;
+    `mismatches`: those that do not fit, by `MISMATCH_SOURCES`; `accepted`: those of them that were answered with success;
+    `unattributed`: digests seen that were tied to no request.
+    `budgets`: by `time` and `total`, as a ratio of the targets' CPU; empty where there is none. `cost`: CPU seconds that the probes took
+    from the targets, by `DIGEST_PARTS`, as hits counted at the price measured; `prices`: that price by probe, in seconds.
+    `target_cpu`: CPU seconds of the targets while they were observed, None where it is not known. `attached`: target processes
+    that have probes on them now, by `DIGEST_PARTS`. `windows`: how often they were attached.
+    """
+
+    requests: Mapping[str, int] = field(default_factory=dict)
+    compared: Mapping[str, int] = field(default_factory=dict)
+    mismatches: Mapping[str, int] = field(default_factory=dict)
+    accepted: int = 0
+    unattributed: int = 0
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    prices: Mapping[str, float] = field(default_factory=dict)
+    target_cpu: float | None = None
+    attached: Mapping[str, int] = field(default_factory=dict)
+    windows: int = 0
+
+
 @dataclass(slots=True)
 class HealthSnapshot:
     """What the agent says of itself at one moment. The counts only grow; `None` and missing keys mean that it is not known."""
@@ -204,6 +297,7 @@ class HealthSnapshot:
     gap_bytes: Mapping[tuple[str, str], int] = field(default_factory=dict)
     #: Reasons of `GAPS` that a target was seen to have, whether or not a request went that way.
     coverage_gaps: Collection[str] = ()
+    digest: DigestHealth = DigestHealth()
     capabilities: Mapping[str, int] = field(default_factory=dict)
     target_processes: int = 0
     targets_up: int = 0
@@ -249,11 +343,11 @@ def _one(value: float | None) -> Values:
     return {} if value is None else {(): value}
 
 
-def _by_name(counts: Mapping[str, int]) -> Values:
-    return {(name,): count for name, count in counts.items()}
+def _by_name(counts: Mapping[str, float]) -> Values:
+    return {(name,): count for name, count in dict(counts).items()}
 
 
-def _from_zero(names: Collection[str], counts: Mapping[str, int]) -> Values:
+def _from_zero(names: Collection[str], counts: Mapping[str, float]) -> Values:
     return _by_name(dict.fromkeys(names, 0) | dict(counts))
 
 
@@ -335,6 +429,83 @@ HEALTH = (
         ("limited_by",),
         "Finished requests on artifacts, by what took most of their time.",
         lambda now: _from_zero(LIMITS, now.limited_by),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_requests_total",
+        "counter",
+        ("source",),
+        "Finished requests on artifacts, by where the time of their hashing comes from; none where it is not known.",
+        lambda now: _from_zero(DIGEST_SOURCES, now.digest.requests),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_compared_total",
+        "counter",
+        ("result",),
+        "Finished requests on artifacts that declare a digest, by whether the computed one agrees; unknown where that was not seen.",
+        lambda now: _from_zero(COMPARED, now.digest.compared),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_mismatches_total",
+        "counter",
+        ("source",),
+        "Finished requests on artifacts whose digest does not fit, by what said so: the computed digest or the service's answer.",
+        lambda now: _from_zero(MISMATCH_SOURCES, now.digest.mismatches),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_mismatches_accepted_total",
+        "counter",
+        (),
+        "Finished requests on artifacts that were answered with success although the digest does not fit.",
+        lambda now: _one(now.digest.accepted),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_unattributed_total",
+        "counter",
+        (),
+        "Digests seen that were tied to no request.",
+        lambda now: _one(now.digest.unattributed),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_budget_ratio",
+        "gauge",
+        ("part",),
+        "Share of the targets' CPU that the probes on digests may take: for their time, and in total; absent where there is no limit.",
+        lambda now: _by_name(now.digest.budgets),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_cost_seconds_total",
+        "counter",
+        ("part",),
+        "CPU time that the probes on digests took from the targets: hits counted, at the price measured for one.",
+        lambda now: _from_zero(DIGEST_PARTS, now.digest.cost),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_hit_seconds",
+        "gauge",
+        ("probe",),
+        "CPU time that one hit of a probe on digests takes from a target: measured on this host at the start, or else assumed high.",
+        lambda now: _by_name(now.digest.prices),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_attached",
+        "gauge",
+        ("part",),
+        "Target processes that have probes on digests attached now.",
+        lambda now: _from_zero(DIGEST_PARTS, now.digest.attached),
+    ),
+    HealthMetric(
+        "bucketprobe_digest_windows_total",
+        "counter",
+        (),
+        "Times that probes on digests were attached to a target.",
+        lambda now: _one(now.digest.windows),
+    ),
+    HealthMetric(
+        "bucketprobe_target_cpu_seconds_total",
+        "counter",
+        (),
+        "CPU time of the targets while they were observed, user and system.",
+        lambda now: _one(now.digest.target_cpu),
     ),
     HealthMetric(
         "bucketprobe_lost_total",

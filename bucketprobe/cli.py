@@ -49,12 +49,18 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--cgroup", "cgroups", multiple=True, metavar="PATH", help="Processes in this control group."),
         click.option("--storage-root", "roots", multiple=True, metavar="DIR", help="A directory that holds artifacts."),
         click.option("--metadata", "metadata", multiple=True, metavar="GLOB", help="Files that hold metadata, such as '*.db'."),
+        click.option("--digest", "mode", metavar="MODE", help="Look at digests: auto (within a budget), always or off. [auto]"),
         click.option("--run-dir", metavar="DIR", help="Where the control socket is. [/run/bucketprobe]"),
         click.option("--cache-dir", metavar="DIR", help="Where compiled probes are kept. [/var/cache/bucketprobe]"),
     )
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_TIME_BUDGET = "What measuring digests' time may cost, in per cent of the service's CPU. [0.2]"
+_TOTAL_BUDGET = "What measuring digests' time and values may cost, in per cent of the service's CPU. [0.4]"
+_DECLARED = "Where a request says which digest its body has. [header:X-Artifact-Digest, query:digest]"
 
 
 def agent_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,6 +72,9 @@ def agent_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--ring-bytes", type=int, metavar="N", help="Size of the event ring, a power of two. [1048576]"),
         click.option("--max-connections", type=int, metavar="N", help="Connections followed at once. [4096]"),
         click.option("--head-bytes", type=int, metavar="N", help="How much of a request's head is captured. [8192]"),
+        click.option("--digest-time-budget", "time_budget_pct", type=float, metavar="PCT", help=_TIME_BUDGET),
+        click.option("--digest-total-budget", "total_budget_pct", type=float, metavar="PCT", help=_TOTAL_BUDGET),
+        click.option("--digest-declared", "declared", multiple=True, metavar="PLACE", help=_DECLARED),
         click.option("--environment", metavar="TEXT", help="Value of the tag environment."),
         click.option("--region", metavar="TEXT", help="Value of the tag region."),
         click.option("--node-id", metavar="TEXT", help="Value of the tag node_id. [the host's name]"),
@@ -175,10 +184,12 @@ class _Borrowed:
     def __enter__(self) -> None:
         from bucketprobe import capture as captures
 
-        spec, storage = self._settings.target, self._settings.storage
+        spec, storage, digest = self._settings.target, self._settings.storage, self._settings.digest
         named = {
             "--port": spec.ports, "--pid": spec.pids, "--exe": spec.exes, "--unit": spec.units, "--cgroup": spec.cgroups,
             "--storage-root": storage.roots, "--metadata": storage.metadata,
+            "--digest": (digest.mode,), "--digest-declared": digest.declared,
+            "--digest-time-budget": (digest.time_budget_pct,), "--digest-total-budget": (digest.total_budget_pct,),
             "--run-dir": (self._settings.run_dir,), "--cache-dir": (self._settings.cache_dir,),
         }  # fmt: skip
         command = [sys.executable, "-m", "bucketprobe.cli", "run", "--listen", "127.0.0.1:0"]

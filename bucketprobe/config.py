@@ -12,6 +12,12 @@
     roots = ["/srv/bucket"]                    records = "/var/log/bucketprobe/requests.jsonl"
     metadata = ["*.db", "meta/**"]             user = "nobody"
 
+    [digest]
+    mode = "auto"
+    time_budget_pct = 0.2
+    total_budget_pct = 0.4
+    declared = ["header:X-Artifact-Digest", "query:digest"]
+
 `KEYS` is the one table of what may be set, by which option, and within which limits.
 """
 
@@ -26,6 +32,9 @@ from typing import Any, Literal
 from bucketprobe.errors import ConfigError
 
 FileClass = Literal["storage", "metadata", "other"]
+
+DigestMode = Literal["auto", "always", "off"]
+DIGEST_MODES: tuple[DigestMode, ...] = ("auto", "always", "off")
 
 #: sqlite writes these beside a database: https://www.sqlite.org/tempfiles.html
 SQLITE_SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -72,6 +81,22 @@ class StorageSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DigestSpec:
+    """How digests are observed. Budgets are per cent of the targets' CPU time.
+
+    `mode`: auto keeps the budgets, always attaches everything without one (for an experiment), off attaches nothing.
+    `time_budget_pct`: what measuring the time of digests may cost; `total_budget_pct`: with their values. `declared`: where a
+    request says which digest its body has, the first that does wins: `header:NAME`, `query:NAME`, `response:NAME`, or `path` for a
+    digest in the path of its URL.
+    """
+
+    mode: DigestMode = "auto"
+    time_budget_pct: float = 0.2
+    total_budget_pct: float = 0.4
+    declared: tuple[str, ...] = ("header:X-Artifact-Digest", "query:digest")
+
+
+@dataclass(frozen=True, slots=True)
 class Tags:
     """The standard tags of every series; an empty one is left out."""
 
@@ -96,6 +121,7 @@ class Settings:
 
     target: TargetSpec = TargetSpec()
     storage: StorageSpec = StorageSpec()
+    digest: DigestSpec = DigestSpec()
     tags: Tags = Tags()
     listen: str = "127.0.0.1:9464"
     records: str | None = None
@@ -108,7 +134,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The settings by table and key, as JSON can carry them; `from_dict` is the inverse."""
-        tables: dict[str, dict[str, Any]] = {"target": {}, "storage": {}, "tags": {}, "agent": {}}
+        tables: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
         for key in KEYS:
             holder = self if key.table == "agent" else getattr(self, key.table)
             value = getattr(holder, key.name)
@@ -119,7 +145,11 @@ class Settings:
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> Settings:
         """Settings from tables of keys. Raises ConfigError for whatever a file could not say either."""
-        return _build(_checked(tables, lambda table, key: f"settings: [{table}] {key}"))
+
+        def place(table: str, key: str) -> str:
+            return f"settings: [{table}] {key}"
+
+        return _build(_checked(tables, place), place)
 
     def host_port(self) -> tuple[str, int]:
         """`listen` taken apart; the brackets of an IPv6 address are gone."""
@@ -145,13 +175,17 @@ def load(path: str | None, overrides: Mapping[str, Any]) -> Settings:
     KeyError for an override that is no key of `KEYS`.
     """
     tables = _read(path) if path is not None else {}
-    values = _checked(tables, lambda table, key: _place(path or "", table, key))
+
+    def place(table: str, name: str) -> str:
+        return _KEYS[table][name].option if path is None else _place(path, table, name)
+
+    values = _checked(tables, place)
     for dotted, value in overrides.items():
         table, _, name = dotted.partition(".")
         key = _KEYS[table][name]
         if value is not None and value != ():
             values[table, name] = _check(key, list(value) if isinstance(value, tuple) else value, key.option)
-    return _build(values)
+    return _build(values, place)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -236,12 +270,26 @@ def _hint(name: str, known: Mapping[str, object]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
-def _build(values: Mapping[tuple[str, str], Any]) -> Settings:
+def _build(values: Mapping[tuple[str, str], Any], place: Callable[[str, str], str]) -> Settings:
+    """Settings from values that are each allowed. Raises ConfigError where two of them contradict each other."""
+
     def table(wanted: str) -> dict[str, Any]:
         return {name: value for (table, name), value in values.items() if table == wanted}
 
     tags = {"node_id": os.uname().nodename, **table("tags")}
-    return Settings(target=TargetSpec(**table("target")), storage=StorageSpec(**table("storage")), tags=Tags(**tags), **table("agent"))
+    digest = DigestSpec(**table("digest"))
+    if digest.time_budget_pct > digest.total_budget_pct:
+        raise ConfigError(
+            f"{place('digest', 'time_budget_pct')}: {digest.time_budget_pct:g} is more than total_budget_pct "
+            f"({digest.total_budget_pct:g}), which includes it; lower it, or raise total_budget_pct (--digest-total-budget)"
+        )
+    return Settings(
+        target=TargetSpec(**table("target")),
+        storage=StorageSpec(**table("storage")),
+        digest=digest,
+        tags=Tags(**tags),
+        **table("agent"),
+    )
 
 
 def _text(value: Any) -> str:
@@ -289,6 +337,36 @@ def _list(check_item: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return check
 
 
+def _one_of(*words: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError
+        return value
+
+    return check
+
+
+def _per_cent(value: Any) -> float:
+    # Not-a-number is within no limits, so it fails here as well.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 100:
+        raise ValueError
+    return float(value)
+
+
+def _declared(value: Any) -> str:
+    # A header's name is a token: RFC 9110, section 5.1. Of a query parameter's name, only the plain characters are taken.
+    if not re.fullmatch(r"path|(?:header|response):[A-Za-z0-9!#$%&'*+.^_`|~-]{1,255}|query:[A-Za-z0-9._~-]{1,255}", _text(value)):
+        raise ValueError
+    return str(value)
+
+
+def _places(value: Any) -> tuple[Any, ...]:
+    places = _list(_declared)(value)
+    if not places:
+        raise ValueError
+    return places
+
+
 def _directory(value: Any) -> str:
     if not _text(value).startswith("/"):
         raise ValueError
@@ -333,6 +411,11 @@ def _listen(value: Any) -> str:
 
 _PATH = "an absolute path"
 _TAG = "text of at most 255 printable characters"
+_PER_CENT = "a number from 0 to 100"
+_DECLARED = "a list of one or more of 'header:NAME', 'query:NAME', 'response:NAME' and 'path'"
+
+#: The tables of the file; what is in `agent` are fields of the settings themselves.
+TABLES = ("target", "storage", "digest", "tags", "agent")
 
 KEYS = (
     Key("target", "ports", "--port", "a list of TCP ports from 1 to 65535", _list(_integer(1, 65535))),
@@ -342,6 +425,10 @@ KEYS = (
     Key("target", "cgroups", "--cgroup", "a list of cgroup paths other than '/', without '..'", _list(_cgroup)),
     Key("storage", "roots", "--storage-root", "a list of absolute directories", _list(_directory)),
     Key("storage", "metadata", "--metadata", "a list of file patterns such as '*.db' or '/srv/meta/**'", _list(_pattern)),
+    Key("digest", "mode", "--digest", "auto, always or off", _one_of(*DIGEST_MODES)),
+    Key("digest", "time_budget_pct", "--digest-time-budget", _PER_CENT, _per_cent),
+    Key("digest", "total_budget_pct", "--digest-total-budget", _PER_CENT, _per_cent),
+    Key("digest", "declared", "--digest-declared", _DECLARED, _places),
     Key("tags", "environment", "--environment", _TAG, _tag),
     Key("tags", "region", "--region", _TAG, _tag),
     Key("tags", "node_id", "--node-id", _TAG, _tag),
@@ -356,7 +443,7 @@ KEYS = (
     Key("agent", "head_bytes", "--head-bytes", "a power of two from 1024 to 16384 bytes", _power_of_two(1024, 16_384)),
 )
 
-_KEYS = {table: {key.name: key for key in KEYS if key.table == table} for table in ("target", "storage", "tags", "agent")}
+_KEYS = {table: {key.name: key for key in KEYS if key.table == table} for table in TABLES}
 
 
 class FileClasses:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import struct
 import subprocess
 import textwrap
@@ -35,6 +36,11 @@ OPTIONAL_TRACEPOINTS = {
         "use a kernel that has it",
     ),
 }
+
+#: From the first on and before the second, a return probe makes its process call uretprobe(2), for which a seccomp filter that does not
+#: know it may end the process. Since then filters are not asked: "seccomp: passthrough uretprobe systemcall without filtering".
+#: Before the first, return probes do not know of shadow stacks.
+URETPROBE_CALL = ((6, 11), (6, 14))
 
 AS_ROOT = "run as root (sudo)"
 NEWER_KERNEL = "use Linux 5.8 or later"
@@ -117,6 +123,7 @@ class Host:
     proc: str = "/proc"
     sys: str = "/sys"
     machine: str = field(default_factory=platform.machine)
+    release: str = field(default_factory=platform.release)
     run: Callable[[list[str]], tuple[int, str]] = _run
     ask: Callable[[str], Mapping[str, Any] | None] = _ask_agent
 
@@ -194,7 +201,7 @@ def _btf(host: Host) -> bytes:
 
 
 def _kernel(subject: _Subject) -> Check:
-    return Check("kernel", "ok", platform.release())
+    return Check("kernel", "ok", subject.host.release)
 
 
 def _architecture(subject: _Subject) -> Check:
@@ -393,6 +400,49 @@ def _run_delay(subject: _Subject) -> Check:
         return Check("run delay", "ok", "the kernel counts the wait for a CPU")
     remedy = "use a kernel with CONFIG_SCHEDSTATS, as distributions build it"
     return Check("run delay", "reduced", "not counted by this kernel", "the runqueue phase is absent, its time is in `other`", remedy)
+
+
+def _digests(subject: _Subject) -> Check:
+    name = "digests"
+    if subject.settings.digest.mode == "off":
+        return Check(name, "ok", "off by the settings: no probe is attached for them")
+    if b"\0bpf_uprobe_multi_link\0" in subject.btf:
+        return Check(name, "ok", "uprobe_multi: the probes on a process are attached and removed in one step")
+    if subject.host.text(f"{subject.host.sys}/bus/event_source/devices/uprobe/type") is not None:
+        return Check(name, "ok", "no uprobe_multi in this kernel (6.6 or later); perf uprobes stand in for it, one by one and more slowly")
+    cost = "digests are off: their time is in `other`, and their values are not compared; requests are still observed"
+    return Check(name, "reduced", "this kernel has no uprobes", cost, "use a kernel with CONFIG_UPROBES, as distributions build it")
+
+
+def _return_probes(subject: _Subject) -> Check | None:
+    if subject.settings.digest.mode == "off":
+        return None
+    name, version = "return probes", _version(subject.host.release)
+    refused, _ = _seen_at(subject, lambda process: _dangers(process, version))
+    if refused:
+        found = f"on this kernel one may end a process that has {refused[0][1][0]}: {_some([who for who, _ in refused])} gets none"
+        cost = "digests there are not seen, but for those that entry probes alone tell (Go's)"
+        return Check(name, "reduced", found, cost, "use Linux 6.14 or later")
+    first, fixed = URETPROBE_CALL
+    if not first <= version < fixed:
+        return None
+    return Check(name, "ok", "on this kernel (6.11 to 6.13) one may end a process that has a seccomp filter: such a target gets none")
+
+
+def _dangers(process: str, version: tuple[int, int]) -> list[str]:
+    """Why return probes might end the process: proc_pid_status(5)."""
+    with open(f"{process}/status", encoding="utf-8", errors="replace") as file:
+        status = {name: value.split() for name, _, value in (line.partition(":") for line in file)}
+    first, fixed = URETPROBE_CALL
+    if first <= version < fixed and status.get("Seccomp", ["0"]) != ["0"]:
+        return ["a seccomp filter"]
+    return ["a shadow stack"] if version < first and "shstk" in status.get("x86_Thread_features", []) else []
+
+
+def _version(release: str) -> tuple[int, int]:
+    """Major and minor number of a kernel's release; zeros where it has another form."""
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def _bcc(subject: _Subject) -> Check:
@@ -601,6 +651,8 @@ CHECKS: tuple[Callable[[_Subject], Check | None], ...] = (
     _tracepoints,
     *map(_optional_tracepoint, OPTIONAL_TRACEPOINTS),
     _run_delay,
+    _digests,
+    _return_probes,
     _bcc,
     _run_dir,
     _cache_dir,

@@ -13,7 +13,7 @@ not seen whole is left out, because a cut value is a wrong one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes
@@ -27,7 +27,10 @@ MAX_VALUE = 512
 Reason = Literal["empty", "tls", "http2", "cut", "method", "target", "version", "status"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-_REQUEST_HEADERS = {
+Names = Mapping[bytes, str]
+
+#: What is kept, by the name as it is compared: in lower case.
+REQUEST_HEADERS = {
     name.encode(): name
     for name in (
         "content-length",
@@ -43,10 +46,10 @@ _REQUEST_HEADERS = {
         "user-agent",
     )
 }
-_RESPONSE_HEADERS = {
+RESPONSE_HEADERS = {
     name.encode(): name for name in ("content-length", "transfer-encoding", "connection", "x-request-id", "content-type", "x-cache")
 }
-_PARAMETERS = {name.encode(): name for name in ("version", "digest", "metadata_only")}
+PARAMETERS = {name.encode(): name for name in ("version", "digest", "metadata_only")}
 
 #: Fields that are lists by definition: only these may be repeated with different values (RFC 9110 section 5.3).
 _LISTS = frozenset(("transfer-encoding", "connection", "expect"))
@@ -97,7 +100,7 @@ class ResponseHead:
     complete: bool
 
 
-def parse_request(head: bytes) -> RequestHead:
+def parse_request(head: bytes, headers: Names = REQUEST_HEADERS, parameters: Names = PARAMETERS) -> RequestHead:
     """Read a request's head. Raises `Malformed`, and nothing else, for bytes that are none."""
     start, whole, lines, complete = _split(head)
     method, space, rest = start.partition(b" ")
@@ -106,11 +109,11 @@ def parse_request(head: bytes) -> RequestHead:
     if not space:
         raise Malformed("target" if whole else "cut")
     target, version, target_whole = _target_and_version(rest.strip(b" \t"), whole)
-    path, query = _path_and_query(target, target_whole)
-    return RequestHead(method[:MAX_METHOD].decode("ascii"), path, query, version, _headers(lines, _REQUEST_HEADERS), complete)
+    path, query = _path_and_query(target, target_whole, parameters)
+    return RequestHead(method[:MAX_METHOD].decode("ascii"), path, query, version, _headers(lines, headers), complete)
 
 
-def parse_response(head: bytes) -> ResponseHead:
+def parse_response(head: bytes, headers: Names = RESPONSE_HEADERS) -> ResponseHead:
     """Read a response's head. Raises `Malformed`, and nothing else, for bytes that are none."""
     start, whole, lines, complete = _split(head)
     version, _, rest = start.partition(b" ")
@@ -120,7 +123,7 @@ def parse_response(head: bytes) -> ResponseHead:
     status = rest.lstrip(b" ").partition(b" ")[0]
     if not _STATUS.fullmatch(status):
         raise Malformed("cut" if not whole and len(status) < 3 else "status")
-    return ResponseHead(match[1].decode("ascii"), int(status), _headers(lines, _RESPONSE_HEADERS), complete)
+    return ResponseHead(match[1].decode("ascii"), int(status), _headers(lines, headers), complete)
 
 
 def _split(head: bytes) -> tuple[bytes, bool, list[bytes], bool]:
@@ -154,14 +157,14 @@ def _target_and_version(rest: bytes, whole: bool) -> tuple[bytes, str | None, bo
     return rest, None, False
 
 
-def _path_and_query(target: bytes, whole: bool) -> tuple[str, dict[str, str]]:
+def _path_and_query(target: bytes, whole: bool, parameters: Names) -> tuple[str, dict[str, str]]:
     target, fragment, _ = target.partition(b"#")
     target, question, query = target.partition(b"?")
     path_whole = whole or bool(fragment or question)
     pairs = query.split(b"&")
     if not (whole or fragment):
         pairs.pop()
-    return _path(target) if path_whole else "", _settled(_parameters(pairs))
+    return _path(target) if path_whole else "", _settled(_parameters(pairs, parameters))
 
 
 def _path(target: bytes) -> str:
@@ -174,19 +177,19 @@ def _path(target: bytes) -> str:
     return _UNSAFE_IN_PATH.sub(lambda found: b"%%%02X" % found[0][0], target)[:MAX_PATH].decode("ascii")
 
 
-def _parameters(pairs: Iterable[bytes]) -> Iterator[tuple[str, str | None]]:
+def _parameters(pairs: Iterable[bytes], allowed: Names) -> Iterator[tuple[str, str | None]]:
     for pair in pairs:
         raw_name, _, raw_value = pair.partition(b"=")
-        name = _PARAMETERS.get(unquote_to_bytes(raw_name))
+        name = allowed.get(unquote_to_bytes(raw_name))
         if name is not None:
             yield name, _printable(unquote_to_bytes(raw_value.replace(b"+", b" ")), "utf-8")
 
 
-def _headers(lines: Iterable[bytes], allowed: dict[bytes, str]) -> dict[str, str]:
+def _headers(lines: Iterable[bytes], allowed: Names) -> dict[str, str]:
     return _settled(_fields(lines, allowed))
 
 
-def _fields(lines: Iterable[bytes], allowed: dict[bytes, str]) -> Iterator[tuple[str, str | None]]:
+def _fields(lines: Iterable[bytes], allowed: Names) -> Iterator[tuple[str, str | None]]:
     for line in lines:
         raw_name, colon, raw_value = line.partition(b":")
         name = allowed.get(raw_name.lower())

@@ -22,12 +22,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bucketprobe import abi, bpf, btf
 from bucketprobe.errors import EnvironmentLack
-if TYPE_CHECKING:
-    from bucketprobe.providers import Site
+from bucketprobe.providers import Site
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 #: The probes' texts by compilation unit: two are compiled at once, in half the time of one.

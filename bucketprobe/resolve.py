@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bucketprobe.abi import TOKEN_BITS, TOKEN_WINDOW
+from bucketprobe.integrity import Digests, Seen
 from bucketprobe.model import FileWork, Label
 
 FileClass = Literal["storage", "metadata", "other"]
@@ -232,6 +233,8 @@ class Live:
     pieces: list[Piece] = field(default_factory=list)
     candidates: set[int] = field(default_factory=set)
     doubts: dict[FileClass, Label] = field(default_factory=dict)  # work that went to another, and might be its own
+    declared: str | None = None  # the digest of its body, as its client says
+    digests: list[Seen] = field(default_factory=list)
     left: bool = False  # something of its time was left undecided when its record was made
 
     def spans(self, unit: Unit) -> bool:
@@ -352,6 +355,7 @@ class Process:
         self._decided = 0
         self._one_thread = Trust(tolerated=TRUST_DISAGREEMENT)  # whether one thread does all of a file
         self._tid_past: dict[int, deque[tuple[int, int]]] = {}  # by thread: when it began which request's
+        self.digests = Digests()
         self.uring = False
         self.mapped = False
         self.ended = False
@@ -399,6 +403,11 @@ class Process:
     def awaits(self, live: Live) -> bool:
         """Whether there is work that began in its time and that nobody has yet."""
         return any(unit.file.kind != "other" for unit in self.pending.during(live.begun_ns, live.ended_ns))
+
+    def others(self, live: Live) -> list[Live]:
+        """Other requests that were there at some time of its own, and have not been forgotten."""
+        known = (*self.lives.values(), *self._gone)
+        return [other for other in known if other is not live and (not other.ended_ns or other.ended_ns > live.begun_ns)]
 
     def review(self, live: Live) -> list[tuple[Piece, list[Live]]]:
         """What the request's own thread did and what may yet be for others, with those: it helped one out, or wrote for several.

@@ -15,13 +15,14 @@ The kernel side, with `fsbase` the thread's FS base:
 from __future__ import annotations
 
 import array
-import os
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
+
+from bucketprobe import elf
 
 PROC = "/proc"
 
@@ -45,21 +46,14 @@ class Layout:
     detail: str = ""
 
 
-class _Unknown(Exception):
-    """The process is not what it looked like, or cannot be read any more; the text says which."""
-
-
-#: What may be read of one process's memory or executable, in bytes, where each read counts as _READ_COST more. A large Go
+#: What may be read of one process's memory or executable, in bytes, where each read counts as elf.READ_COST more. A large Go
 #: program's table of functions takes the most; a process that leads nowhere costs a tenth of a second.
 _BUDGET = 64 << 20
-_READ_COST = 4 << 10
-_CHUNK = 1 << 20
 _MAPS_BYTES = 4 << 20
 
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_PHDR, _PT_TLS = 1, 2, 3, 6, 7
 _DT_STRTAB, _DT_SYMTAB, _DT_GNU_HASH = 5, 6, 0x6FFFFEF5
 _AT_PHDR, _AT_PHNUM = 3, 5
-_EM_X86_64 = 62
 
 
 def layout(tgid: int, *, proc: str = PROC) -> Layout:
@@ -69,58 +63,13 @@ def layout(tgid: int, *, proc: str = PROC) -> Layout:
     """
     directory = f"{proc}/{tgid}"
     try:
-        with _Bytes(f"{directory}/mem") as memory, _Bytes(f"{directory}/exe") as file:
+        with elf.Bytes(f"{directory}/mem", _BUDGET) as memory, elf.Bytes(f"{directory}/exe", _BUDGET) as file:
             image = _executable(directory, memory)
             return _go(file, memory, image) or _cpython(directory, memory, image)
-    except _Unknown as error:
+    except elf.Unreadable as error:
         return Layout(Kind.NONE, detail=str(error))
     except OSError as error:
         return Layout(Kind.NONE, detail=f"cannot be read ({error.strerror})")
-
-
-class _Bytes:
-    """A file or a process's memory: whole reads, and not more than the budget."""
-
-    def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._left = _BUDGET
-
-    def __enter__(self) -> _Bytes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def upto(self, address: int, size: int) -> bytes:
-        """As much of it as there is; nothing where nothing is mapped."""
-        self._left -= size + _READ_COST
-        if self._left < 0:
-            raise _Unknown("too large to be examined")
-        try:
-            return os.pread(self._fd, size, address)
-        except (OSError, OverflowError):
-            return b""
-
-    def read(self, address: int, size: int) -> bytes:
-        data = self.upto(address, size)
-        if len(data) != size:
-            raise _Unknown("its memory or executable cannot be read")
-        return data
-
-    def word(self, address: int) -> int:
-        """The 64-bit word there; 0 where nothing is mapped."""
-        data = self.upto(address, 8)
-        return int.from_bytes(data, "little") if len(data) == 8 else 0
-
-    def search(self, pattern: re.Pattern[bytes], start: int, size: int, overlap: int = 128) -> re.Match[bytes] | None:
-        """The first match, none of which is longer than `overlap`; in pieces, so that the agent stays small."""
-        for address in range(start, start + size, _CHUNK):
-            piece = self.upto(address, min(_CHUNK + overlap, start + size - address))
-            if found := pattern.search(piece):
-                return found
-            if not piece:
-                return None
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +82,7 @@ class _Segment:
 class _Image:
     """One ELF object as it lies in memory: its program headers and its dynamic symbols."""
 
-    def __init__(self, memory: _Bytes, headers_at: int, count: int, base: int | None) -> None:
+    def __init__(self, memory: elf.Bytes, headers_at: int, count: int, base: int | None) -> None:
         self._memory = memory
         raw = memory.read(headers_at, 56 * min(count, 64))
         self.segments = [_Segment(kind, address, size) for kind, _, _, address, _, _, size, _ in struct.iter_unpack("<IIQQQQQQ", raw)]
@@ -183,13 +132,13 @@ def _gnu_hash(name: bytes) -> int:
     return value
 
 
-def _executable(directory: str, memory: _Bytes) -> _Image:
+def _executable(directory: str, memory: elf.Bytes) -> _Image:
     """By the auxiliary vector: right whatever became of the file, and in every mount namespace."""
     with open(f"{directory}/auxv", "rb") as file:
         raw = file.read(4096)
     vector = dict(struct.iter_unpack("<QQ", raw[: len(raw) & ~15]))
     if not vector.get(_AT_PHDR) or not vector.get(_AT_PHNUM):
-        raise _Unknown("not a 64-bit process")
+        raise elf.Unreadable("not a 64-bit process")
     return _Image(memory, vector[_AT_PHDR], vector[_AT_PHNUM], None)
 
 
@@ -213,16 +162,9 @@ _SYSTEMSTACK = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    address: int
-    offset: int
-    size: int
-
-
-def _go(file: _Bytes, memory: _Bytes, image: _Image) -> Layout | None:
+def _go(file: elf.Bytes, memory: elf.Bytes, image: _Image) -> Layout | None:
     """None if this is no Go program."""
-    sections = _sections(file)
+    sections = {each.name: each for each in elf.sections(file)}
     info = sections.get(b".go.buildinfo")
     if not info:
         return None
@@ -248,28 +190,11 @@ def _go(file: _Bytes, memory: _Bytes, image: _Image) -> Layout | None:
     return Layout(Kind.GO_CGO, slot, member, f"{version}, which may run C code: g.m at +{slot}, m.curg at +{member}")
 
 
-def _sections(file: _Bytes) -> dict[bytes, _Section]:
-    """By name; `strip` and the linker's -s leave them in."""
-    head = file.upto(0, 64)
-    if len(head) != 64 or head[:6] != b"\x7fELF\x02\x01" or int.from_bytes(head[18:20], "little") != _EM_X86_64:
-        raise _Unknown("not a 64-bit x86 program")
-    (table_at,) = struct.unpack_from("<Q", head, 40)
-    entry_size, count, names_index = struct.unpack_from("<HHH", head, 58)
-    if entry_size != 64 or names_index >= count:
-        return {}
-    raw = file.upto(table_at, 64 * min(count, 1024))
-    headers = list(struct.iter_unpack("<IIQQQQIIQQ", raw[: len(raw) & ~63]))
-    if names_index >= len(headers):
-        return {}
-    names = file.upto(headers[names_index][4], min(headers[names_index][5], 1 << 16))
-    return {names[each[0] :].split(b"\0", 1)[0]: _Section(*each[3:6]) for each in headers if each[0] < len(names)}
-
-
-def _go_version(memory: _Bytes, address: int) -> str:
+def _go_version(memory: elf.Bytes, address: int) -> str:
     """From the build information that the linker put in (Go's debug/buildinfo): "go1.22.3"."""
     head = memory.read(address, 33)
     if not head.startswith(_BUILD_INFO):
-        raise _Unknown("Go without its build information")
+        raise elf.Unreadable("Go without its build information")
     if head[15] & 2:  # since Go 1.18 the text follows, its length before it; until then there was the address of a string
         at, size = address + 33, head[32]
     else:
@@ -291,7 +216,7 @@ _TSS_KEY = re.compile(rb"(?=\x01\0\0\0([\0-\x1f])\0\0\0)")
 _LIBRARY = re.compile(rb"^([0-9a-f]+)-[0-9a-f]+ r[-w][-x][ps] 0+ \S+ \d+ +/.*/libpython3[^/\n]*\.so[^/\n]*$", re.MULTILINE)
 
 
-def _cpython(directory: str, memory: _Bytes, executable: _Image) -> Layout:
+def _cpython(directory: str, memory: elf.Bytes, executable: _Image) -> Layout:
     for image in _images(directory, memory, executable):
         runtime = image.symbol(b"_PyRuntime")
         context_type = image.symbol(b"PyContext_Type")
@@ -300,7 +225,7 @@ def _cpython(directory: str, memory: _Bytes, executable: _Image) -> Layout:
     return Layout(Kind.NONE, detail="no runtime whose tasks are known")
 
 
-def _images(directory: str, memory: _Bytes, executable: _Image) -> Iterator[_Image]:
+def _images(directory: str, memory: elf.Bytes, executable: _Image) -> Iterator[_Image]:
     """The executable, then each library that is named as CPython's."""
     yield executable
     with open(f"{directory}/maps", "rb") as file:
@@ -313,7 +238,7 @@ def _images(directory: str, memory: _Bytes, executable: _Image) -> Iterator[_Ima
             yield _Image(memory, base + headers_at, count, base)
 
 
-def _python_version(memory: _Bytes, image: _Image) -> str:
+def _python_version(memory: elf.Bytes, image: _Image) -> str:
     found = image.symbol(b"Py_Version")
     if not found:
         return "CPython before 3.11"
@@ -321,7 +246,7 @@ def _python_version(memory: _Bytes, image: _Image) -> str:
     return f"CPython {major}.{minor}"
 
 
-def _context_place(memory: _Bytes, runtime: tuple[int, int], context_type: int, version: str) -> Layout:
+def _context_place(memory: elf.Bytes, runtime: tuple[int, int], context_type: int, version: str) -> Layout:
     """Where a thread keeps its state, and the state its context."""
     raw = memory.read(runtime[0], min(runtime[1], _RUNTIME_BYTES) & ~7)
     keys = {found[1][0] for found in _TSS_KEY.finditer(raw) if found.start() % 4 == 0}
@@ -344,13 +269,13 @@ def _context_place(memory: _Bytes, runtime: tuple[int, int], context_type: int, 
     return Layout(Kind.NONE, detail=f"{version}: no task context in use")
 
 
-def _is_thread(memory: _Bytes, address: int) -> bool:
+def _is_thread(memory: elf.Bytes, address: int) -> bool:
     """glibc's struct pthread names itself twice: `tcb` and `self`."""
     raw = memory.upto(address, 24)
     return len(raw) == 24 and raw[:8] == raw[16:] == address.to_bytes(8, "little")
 
 
-def _states(memory: _Bytes, thread: int, slot: int) -> dict[int, bytes]:
+def _states(memory: elf.Bytes, thread: int, slot: int) -> dict[int, bytes]:
     """By address, each state in the list of this thread's that names a thread which has it in its slot."""
     first = memory.word(thread + slot)
     raw = memory.upto(first, 512)
@@ -374,7 +299,7 @@ def _states(memory: _Bytes, thread: int, slot: int) -> dict[int, bytes]:
     return found
 
 
-def _context_members(memory: _Bytes, states: dict[int, bytes], context_type: int) -> list[int]:
+def _context_members(memory: elf.Bytes, states: dict[int, bytes], context_type: int) -> list[int]:
     """Offsets at which the states have `context`, `context_ver` and `id` one after the other, as they do from CPython 3.7 on.
 
     The context may be missing in some; the version counts from 1, and the number, from 1 too, is each state's own.

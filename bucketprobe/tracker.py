@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from bucketprobe import abi, http1, route
+from bucketprobe import abi, http1, integrity, route
+from bucketprobe.hashtime import Gaps, Timed
 from bucketprobe.model import (
     EVIDENCE,
     LABELS,
@@ -25,6 +26,7 @@ from bucketprobe.model import (
     PHASES,
     TRACKER_LOSSES,
     Attribution,
+    Digest,
     FileWork,
     Label,
     Limit,
@@ -59,6 +61,10 @@ PENDING_NS = 30_000_000_000
 #: Sums that a thread sends at once lie no further apart than this: they are of one go.
 FLUSH_NS = 100_000
 _SUCCESS = frozenset((200, 201, 204, 206))
+#: Where Bucket v1's clients say which digest a body has.
+DECLARED = ("header:X-Artifact-Digest", "query:digest")
+#: Without one of these it answers 400 whatever the body is.
+_REQUIRED = ("x-artifact-version", "x-uploaded-by", "x-provenance-source")
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -95,7 +101,7 @@ class Tracker:
     `wall_ns(monotonic_ns)` gives the wall clock of a kernel stamp; `path_of(tgid, fd)` the path and flags of a file that was
     open before the agent looked; `cwd_of(tgid)` the directory of a process of which nothing was told yet. Counters: `records`;
     by cause `lost`; by (label, kind of file) `attributed`; by kind `unattributed`, what is nobody's; by (reason, direction)
-    `gap_bytes`, bytes of bodies for which no file work was seen.
+    `gap_bytes`, bytes of bodies for which no file work was seen. `declared`: see config.DigestSpec.
     """
 
     def __init__(
@@ -105,8 +111,16 @@ class Tracker:
         path_of: Callable[[int, int], tuple[str, int] | None],
         cwd_of: Callable[[int], str | None],
         sink: Callable[[Request], None],
+        declared: Sequence[str] = DECLARED,
     ) -> None:
         self._classes = classes
+        self._declared = declared
+        self._headers = http1.REQUEST_HEADERS | _named(declared, "header")
+        self._parameters = http1.PARAMETERS | _named(declared, "query")
+        self._response_headers = http1.RESPONSE_HEADERS | _named(declared, "response")
+        self._asks_response = any(place.startswith("response:") for place in declared)
+        #: ns of a timed call that are the probes' own.
+        self.inside_ns = 0.0
         self._wall_ns = wall_ns
         self._path_of = path_of
         self._cwd_of = cwd_of
@@ -131,6 +145,7 @@ class Tracker:
         #: The stamp of the last event.
         self.latest_ns = 0
         self.records = 0
+        self._digests_gone = 0
         self.lost = dict.fromkeys(TRACKER_LOSSES, 0)
         self.attributed: dict[tuple[str, str], Share] = {}
         self.unattributed: dict[str, Share] = {}
@@ -145,6 +160,7 @@ class Tracker:
             _KIND.TOKENS: self._token,
             _KIND.BODY: self._body,
             _KIND.MAP: self._map,
+            _KIND.DIGEST: self._digest,
         }
 
     def feed(self, event: Any) -> None:
@@ -167,6 +183,7 @@ class Tracker:
         if now_ns - self._reviewed_ns > PENDING_NS / 10:
             self._reviewed_ns = now_ns
             for process in self._processes.values():
+                process.digests.expire(now_ns - PENDING_NS)
                 for unit in process.pending:
                     if now_ns - max(unit.first_ns, unit.last_ns) > PENDING_NS and not process.concerns(unit):
                         self._give_up(process, unit)
@@ -195,6 +212,22 @@ class Tracker:
         """A target has an io_uring ring: file work may go through it unseen."""
         self._process(tgid).uring = True
 
+    def learn_hasher(self, tgid: int, *, proven: bool) -> None:
+        """What hashes in a target was found; `proven`: its values are known to be read right."""
+        self._process(tgid).digests.proven = proven
+
+    def learn_hashing(self, tgid: int, nbytes: int, ns: int, from_ns: int, until_ns: int) -> None:
+        """A target's calls of its hash function took so long, between these two stamps."""
+        self._process(tgid).digests.time.measured(nbytes, ns, from_ns, until_ns)
+
+    def learn_probing(self, tgid: int, *, on: bool, at_ns: int) -> None:
+        """The values of a target's digests are seen from then on, or not any more."""
+        self._process(tgid).digests.probing(on, at_ns)
+
+    def unattributed_digests(self) -> int:
+        """Digests that were no request's."""
+        return self._digests_gone + sum(process.digests.unattributed for process in list(self._processes.values()))
+
     def inherit(self, tgid: int, parent: int) -> None:
         """A process was forked: it names files as its parent did, and runs the same."""
         self._cwd[tgid] = self._cwd_at(parent)
@@ -215,6 +248,7 @@ class Tracker:
         if process.ended and not process.lives:
             for unit in process.pending:
                 self._give_up(process, unit)
+            self._digests_gone += process.digests.unattributed
             del self._processes[tgid]
 
     def _process(self, tgid: int) -> Process:
@@ -283,12 +317,13 @@ class Tracker:
         self._hear_of_losses(event)
         if text:
             try:
-                head = request.head = http1.parse_request(text)
+                head = request.head = http1.parse_request(text, self._headers, self._parameters)
             except http1.Malformed:
                 request.malformed = True
             else:
                 request.route = route.classify(head.method, head.path, head.query, head.headers.get("x-artifact-version"))
                 live.names = _names(head, request.route)
+                live.declared = integrity.declared(self._declared, head, None)
                 live.writes = head.method not in ("GET", "HEAD", "OPTIONS")
                 if not ("transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"):
                     live.received_ns, live.size = event.ts, 0
@@ -320,8 +355,9 @@ class Tracker:
         process.ends(live)
         if process.pending:
             self._give(process.claim(live))
+        process.digests.claim(live, (), process.key_name, (), last=False)
         aborted = event.what in (abi.EndOutcome.CLIENT_CLOSED, abi.EndOutcome.SERVER_CLOSED)
-        if aborted or process.awaits(live):
+        if aborted or process.awaits(live) or process.digests.awaits(live):
             self._held.append(request)
             if len(self._held) > MAX_HELD:
                 self._finish(self._held.popleft())
@@ -563,6 +599,27 @@ class Tracker:
         if file and file.kind == "storage":
             self._process(event.tgid).mapped = True
 
+    def _digest(self, event: Any) -> None:
+        name = integrity.ALGORITHMS.get(event.algorithm)
+        if not name:
+            return
+        process = self._process(event.tgid)
+        files = tuple(file for gen in {event.wrote, event.read} - {0} if (file := self._files.get(gen)))
+        # Go pads what it hashes itself, so that all calls are of whole blocks.
+        whole = event.timed_bytes in (event.bytes, ((event.bytes + 8) // 64 + 1) * 64)
+        timed = Timed(event.ns - event.calls * self.inside_ns, event.bytes, event.calls) if event.calls and whole else None
+        value = f"{name}:{event.data[: event.n].hex()}"
+        seen = integrity.Seen(value, event.bytes, event.ts, event.tid, event.key, event.ran_ns, files, timed)
+        if process.digests.repeats(seen):
+            return
+        if event.what:
+            request = self._requests.get(event.rid)
+            if request:
+                seen.evidence = "thread"
+                request.live.digests.append(seen)
+                return
+        process.digests.wait(seen)
+
     # --- records -------------------------------------------------------------------------------------------------
 
     def _give(self, decisions: Iterable[tuple[Unit, Decision]]) -> None:
@@ -594,6 +651,7 @@ class Tracker:
                 other.doubts["storage"] = "shared"
         if process.pending:
             self._give(process.settle(live))
+        digest = self._digest_of(request, process)
         self._requests.pop(event.rid, None)
         process.leave(live)
         self._bury(live.tgid, process)
@@ -606,7 +664,7 @@ class Tracker:
             piece.unit.file.own = None  # else the two would keep each other until the garbage collector comes
         lost = max(event.lost, self._lost_evidence - request.lost_files if request.head else 0)
         untied = sum(size for first, last, size in self._untied if first < end and last > start)
-        totals = _totals(event, live)
+        totals = _totals(event, live, digest.ns or 0)
         phases = _partition(totals, end - start)
         timed = bool(event.flags & abi.RequestFlag.QUEUE_SEEN)
         result = Request(
@@ -637,12 +695,28 @@ class Tracker:
             client_wait_ns=event.client_ns if timed else None,
             server_wait_ns=event.server_ns if timed else None,
             limited_by=_limit(event, phases) if timed else None,
+            digest=digest,
             lost_events=lost,
         )
         if not untied and not lost and result.attribution.label == "exact":
             self._cover(process, result)
         self.records += 1
         self._sink(result)
+
+    def _digest_of(self, request: _Request, process: Process) -> Digest:
+        event, live, head = request.end, request.live, request.head
+        if head and self._asks_response and not live.declared:
+            live.declared = integrity.declared(self._declared, head, _response(request.response_head, self._response_headers))
+        of_storage = [piece.unit for piece in live.pieces if piece.unit.file.kind == "storage" and piece.unit.work.read_bytes]
+        read_back = [(unit.work.read_bytes, unit.until_ns) for unit in of_storage]
+        process.digests.claim(live, process.others(live), process.key_name, read_back, last=True)
+        # 400 has other reasons, too; they are ruled out as far as the head tells.
+        well_formed = head and all(head.headers.get(name) for name in _REQUIRED) and request.route.version
+        answered = event.status == 400 and request.route.operation == "write" and well_formed and live.declared and live.received_ns
+        gaps = Gaps(event.gap_ns, event.gap_bytes, event.gaps)
+        return integrity.report(
+            process.digests, live, request.route.operation, event.bytes_out, gaps, read_back, answered_mismatch=bool(answered and live.size)
+        )
 
     @staticmethod
     def _lacks_body(live: Live, request: _Request) -> bool:
@@ -751,17 +825,29 @@ def _request_id(head: http1.RequestHead | None, response_head: bytes) -> str | N
     given = head.headers.get("x-request-id") if head else None
     if given or b"x-request-id" not in response_head.lower():
         return given
+    response = _response(response_head, http1.RESPONSE_HEADERS)
+    return response.headers.get("x-request-id") if response else None
+
+
+def _response(head: bytes, headers: Mapping[bytes, str]) -> http1.ResponseHead | None:
     try:
-        return http1.parse_response(response_head).headers.get("x-request-id")
+        return http1.parse_response(head, headers)
     except http1.Malformed:
         return None
 
 
-def _totals(event: Any, live: Live) -> dict[str, int]:
+def _named(declared: Sequence[str], where: str) -> dict[bytes, str]:
+    """The names that are to be kept besides: headers are compared in lower case, parameters as they are."""
+    names = [place.partition(":")[2] for place in declared if place.startswith(where + ":")]
+    names = names if where == "query" else [name.lower() for name in names]
+    return {name.encode(): name for name in names}
+
+
+def _totals(event: Any, live: Live, hashing_ns: int) -> dict[str, int]:
     """Each phase's own time, ns; only those that occurred."""
     receive = event.recv_ns + event.wait_rx_ns
     totals = dict.fromkeys(("storage_sync", "storage_write", "storage_read", "metadata"), 0)
-    meanwhile = 0  # file work while its body was still coming: the client was not waited for then
+    meanwhile = hashing_ns  # and file work while its body was still coming: the client was not waited for then
     for piece in live.pieces:
         unit = piece.unit
         if unit.file.kind == "storage":
@@ -775,6 +861,7 @@ def _totals(event: Any, live: Live) -> dict[str, int]:
     if event.flags & abi.RequestFlag.INTERLEAVED:
         receive += max(0, event.client_out_ns - meanwhile)
     totals |= {
+        "digest": hashing_ns,
         "queue": max(0, event.first_read_ns - event.start_ns) if event.flags & abi.RequestFlag.QUEUE_SEEN else 0,
         "network_receive": receive,
         "network_send": event.send_ns + event.wait_tx_ns,

@@ -220,6 +220,7 @@ INLINE int finished(struct thread *t, __u64 key, __u64 ctx, __u64 bytes, __u32 a
 	x.e.key = key;
 	x.e.read = t->read;
 	x.e.wrote = t->wrote;
+	x.e.ran_ns = on_cpu();
 	x.e.tid = pid_tgid();
 	x.e.algorithm = algorithm;
 	emit(&x, sizeof(x), ST_RING_DIGEST);

@@ -168,7 +168,7 @@ class BlockingServer:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             set_timeouts(sock, IDLE_S)
-            wire = SocketWire(sock, self._options.chunk_size, self._site.new_trace)
+            wire = SocketWire(sock, self._options.chunk_size, self._site.new_trace, fill=self._options.fill)
             complete(Conversation(wire, accept_ns, self._site).run())
         except Exception:
             # A fault of this server must not end a worker; the connection closes without an answer.
@@ -234,8 +234,8 @@ def open_site(options: Options) -> Site:
     return Site(options, service, hands, TruthLog(options.truth) if options.truth else None)
 
 
-def serve(options: Options) -> None:
-    """Serve until SIGTERM or SIGINT. Raises UsageError where the address or a path cannot be used."""
+def serve(options: Options, opened: Callable[[Options], Site] = open_site) -> None:
+    """Serve until SIGTERM or SIGINT what `opened` makes of the options. Raises UsageError where the address or a path cannot be used."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         listener = socket.create_server((options.host, options.port), backlog=BACKLOG)
@@ -243,7 +243,7 @@ def serve(options: Options) -> None:
         raise UsageError(f"cannot listen on {options.host}:{options.port}: {error}; choose another --port or --host") from error
     with listener:
         try:
-            site = open_site(options)
+            site = opened(options)
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"cannot use the storage root or the truth file: {error}; choose another --root or --truth") from error
         port = listener.getsockname()[1]
@@ -277,6 +277,7 @@ def parse_options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--sendfile", action="store_true", help="send artifacts by sendfile(2)")
     parser.add_argument("--max-bytes", type=positive, default=5 << 30, metavar="N", help="largest artifact (default %(default)s)")
     parser.add_argument("--chunk-size", type=positive, default=65536, metavar="N", help="bytes per read (default %(default)s)")
+    parser.add_argument("--fill", action="store_true", help="hash and write whole chunks of an upload, and not what each read brings")
     parser.add_argument("--truth", type=Path, metavar="FILE", help="append one JSON line per request: what it did, and when")
     return Options(**vars(parser.parse_args(arguments)))
 

@@ -88,8 +88,8 @@ class WorkerService(Service):
 class LoopWire(Wire):
     """A connection on an event loop, which reads ahead until the buffer is full. To be closed by `close`."""
 
-    def __init__(self, sock: socket.socket, chunk_size: int, new_trace: Callable[[], Trace]) -> None:
-        super().__init__(sock, chunk_size, new_trace)
+    def __init__(self, sock: socket.socket, chunk_size: int, new_trace: Callable[[], Trace], *, fill: bool = False) -> None:
+        super().__init__(sock, chunk_size, new_trace, fill=fill)
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None  # who waits for bytes
         self._patience_s: float = IDLE_S
@@ -256,7 +256,8 @@ class LoopServer:
 
     async def _converse(self, sock: socket.socket, accept_ns: int) -> None:
         sock.setblocking(False)
-        wire = LoopWire(sock, self._site.options.chunk_size, self._site.new_trace)
+        options = self._site.options
+        wire = LoopWire(sock, options.chunk_size, self._site.new_trace, fill=options.fill)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await TaskConversation(wire, accept_ns, self._site).run()

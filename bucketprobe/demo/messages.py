@@ -73,11 +73,15 @@ class Problem(Exception):
 
 
 class Wire(ABC):
-    """One connection's bytes, buffered. `recv_ns` is the clock after the latest read, `sent` counts since `begin`."""
+    """One connection's bytes, buffered. `recv_ns` is the clock after the latest read, `sent` counts since `begin`.
 
-    def __init__(self, sock: socket.socket, chunk_size: int, new_trace: Callable[[], Trace]) -> None:
+    `fill`: pieces of a body are whole chunks, but for the last one; else as much as there is.
+    """
+
+    def __init__(self, sock: socket.socket, chunk_size: int, new_trace: Callable[[], Trace], *, fill: bool = False) -> None:
         self._sock = sock
         self._chunk_size = chunk_size
+        self._least = chunk_size if fill else 1
         self._new_trace = new_trace
         self._buffer = bytearray(max(chunk_size, HEAD_LIMIT))
         self._view = memoryview(self._buffer)
@@ -126,7 +130,7 @@ class Wire(ABC):
 
     async def take(self, limit: int) -> memoryview:
         """At least one and at most `limit` bytes, valid until the next call. Raises Disconnected."""
-        if not self.buffered:
+        while self.buffered < min(limit, self._least):
             await self._fill()
         stop = min(self._end, self._start + limit)
         part = self._view[self._start : stop]

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,8 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to serve. `max_bytes`: the largest artifact; `chunk_size`: bytes per read of a socket or file at most."""
+    """How to serve. `max_bytes`: the largest artifact; `chunk_size`: bytes per read of a socket or file at most; `fill`: whole
+    chunks of an upload are hashed and written at a time, and not what each read brings."""
 
     root: Path
     port: int
@@ -54,6 +56,7 @@ class Options:
     sendfile: bool = False
     max_bytes: int = 5 << 30
     chunk_size: int = 65536
+    fill: bool = False
     truth: Path | None = None
 
 
@@ -226,9 +229,10 @@ class Site:
     service: Service
     hands: Hands
     truth: TruthLog | None
+    trace: Callable[[], Trace] = Trace
 
     def new_trace(self) -> Trace:
-        return NoTrace() if self.truth is None else Trace()
+        return NoTrace() if self.truth is None else self.trace()
 
 
 class Conversation:
@@ -319,4 +323,5 @@ class Conversation:
             "steps": [{"step": step, "ns": ns, "bytes": size, "calls": calls} for step, (ns, size, calls) in wire.trace.steps.items()],
             "files": asdict(wire.trace.files()),
             "metadata_files": None if self._site.options.metadata == "sqlite" else asdict(wire.trace.metadata_files),
+            **wire.trace.notes,
         }

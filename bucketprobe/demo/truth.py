@@ -11,6 +11,8 @@ One JSON line per request. All times are CLOCK_MONOTONIC in ns.
     files           the system calls on data files and temporary files that succeeded
     metadata_files  the same for JSON sidecars; null where the metadata is in SQLite, whose calls are its own
 
+and, as more fields, what a server that is built upon this one has noted.
+
 The steps are digest, receive, send; open, close, storage_write, storage_sync, storage_read, mkdir, rename, unlink on data
 files, temporary files and their folders; and metadata, which is all of these calls on sidecars and their folders, or all
 that SQLite does. A folder that is opened to be listed is timed and not counted.
@@ -53,12 +55,13 @@ class Trace:
     Threads may take turns in it, but only one at a time may measure; `add` alone may come in between.
     """
 
-    __slots__ = ("_last_ns", "metadata_files", "steps")
+    __slots__ = ("_last_ns", "metadata_files", "notes", "steps")
 
     def __init__(self) -> None:
         self._last_ns = 0
         self.steps: dict[str, list[int]] = {}
         self.metadata_files = FileWork()
+        self.notes: dict[str, object] = {}
 
     def mark(self) -> None:
         self._last_ns = time.monotonic_ns()

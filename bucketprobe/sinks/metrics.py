@@ -19,8 +19,12 @@ from bucketprobe.catalog import (
     ARTIFACT_OPERATIONS,
     BACKLOG,
     CATALOG,
+    DIGEST_DURATION,
+    DIGEST_MISMATCH,
+    DIGEST_SIZE,
     OVERFLOW,
     PHASE_DURATION,
+    POST_STORAGE_VERIFY,
     QUEUE_DELAY,
     RAW_PER_UNIT,
     READ_COUNT,
@@ -35,7 +39,7 @@ from bucketprobe.catalog import (
     Point,
 )
 from bucketprobe.errors import UsageError
-from bucketprobe.model import Request
+from bucketprobe.model import Digest, Request
 
 
 class _Cell:
@@ -114,6 +118,10 @@ class MetricsSink:
         self._read_count = _Series(READ_COUNT, budget)
         self._read_duration = _Series(READ_DURATION, budget)
         self._phase_duration = _Series(PHASE_DURATION, budget)
+        self._digest_duration = _Series(DIGEST_DURATION, budget)
+        self._digest_size = _Series(DIGEST_SIZE, budget)
+        self._digest_mismatch = _Series(DIGEST_MISMATCH, budget)
+        self._post_storage_verify = _Series(POST_STORAGE_VERIFY, budget)
         self._queue_delay = _Series(QUEUE_DELAY, budget)
 
     @property
@@ -133,6 +141,7 @@ class MetricsSink:
             self._observe_read(request, timed)
         if timed:
             self._observe_phases(request)
+        self._observe_digest(request.digest)
 
     def _observe_write(self, request: Request, timed: bool) -> None:
         self._write_count.at(_status(request), UNKNOWN).total += 1
@@ -155,6 +164,18 @@ class MetricsSink:
         if runqueue is not None:
             self._queue_delay.at("runqueue").observe(runqueue)
 
+    def _observe_digest(self, digest: Digest) -> None:
+        # What was hashed was hashed, whether or not the request's end was seen.
+        if digest.source != "none":
+            if digest.ns is not None:
+                self._digest_duration.at().observe(digest.ns)
+            if digest.bytes is not None:
+                self._digest_size.at().observe(digest.bytes)
+        if digest.mismatch is not None:
+            self._digest_mismatch.at().total += 1
+        for result in digest.verified:
+            self._post_storage_verify.at(result).total += 1
+
     def collect(self, health: HealthSnapshot) -> Iterator[Family]:
         """Every family in the catalog's order; the backlog is the snapshot's, and has no series where it is not known."""
         for series in (
@@ -164,6 +185,10 @@ class MetricsSink:
             self._read_count,
             self._read_duration,
             self._phase_duration,
+            self._digest_duration,
+            self._digest_size,
+            self._digest_mismatch,
+            self._post_storage_verify,
             self._queue_delay,
         ):
             yield Family(series.metric, series.points(self._standard))

@@ -528,12 +528,13 @@ struct bp_digest_event {
 	__u64 key;
 	__u64 read;
 	__u64 wrote;
+	__u64 ran_ns;
 	__u32 tid;
 	__u32 calls;
 	__u32 algorithm;
 	__u32 pad;
 };
-_Static_assert(sizeof(struct bp_digest_event) == 88, "bp_digest_event");
+_Static_assert(sizeof(struct bp_digest_event) == 96, "bp_digest_event");
 _Static_assert(__builtin_offsetof(struct bp_digest_event, h) == 0, "bp_digest_event.h");
 _Static_assert(__builtin_offsetof(struct bp_digest_event, bytes) == 24, "bp_digest_event.bytes");
 _Static_assert(__builtin_offsetof(struct bp_digest_event, ns) == 32, "bp_digest_event.ns");
@@ -541,10 +542,11 @@ _Static_assert(__builtin_offsetof(struct bp_digest_event, timed_bytes) == 40, "b
 _Static_assert(__builtin_offsetof(struct bp_digest_event, key) == 48, "bp_digest_event.key");
 _Static_assert(__builtin_offsetof(struct bp_digest_event, read) == 56, "bp_digest_event.read");
 _Static_assert(__builtin_offsetof(struct bp_digest_event, wrote) == 64, "bp_digest_event.wrote");
-_Static_assert(__builtin_offsetof(struct bp_digest_event, tid) == 72, "bp_digest_event.tid");
-_Static_assert(__builtin_offsetof(struct bp_digest_event, calls) == 76, "bp_digest_event.calls");
-_Static_assert(__builtin_offsetof(struct bp_digest_event, algorithm) == 80, "bp_digest_event.algorithm");
-_Static_assert(__builtin_offsetof(struct bp_digest_event, pad) == 84, "bp_digest_event.pad");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, ran_ns) == 72, "bp_digest_event.ran_ns");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, tid) == 80, "bp_digest_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, calls) == 84, "bp_digest_event.calls");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, algorithm) == 88, "bp_digest_event.algorithm");
+_Static_assert(__builtin_offsetof(struct bp_digest_event, pad) == 92, "bp_digest_event.pad");
 
 struct bp_fd_entry {
 	__u64 object;

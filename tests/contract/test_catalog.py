@@ -10,12 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bucketprobe.abi import Stat
-from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, HealthSnapshot, Metric
+from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, DigestHealth, HealthSnapshot, Metric
 from bucketprobe.config import FileClasses, StorageSpec
 from bucketprobe.exporters.jsonl import CAUSES
 from bucketprobe.exporters.prometheus import PrometheusText
-from bucketprobe.model import EVIDENCE, OPERATIONS, OUTCOMES, Attribution, Request
+from bucketprobe.model import DIGEST_SOURCES, EVIDENCE, OPERATIONS, OUTCOMES, Attribution, Digest, Request
 from bucketprobe.sinks.attribution import AttributionSink
+from bucketprobe.sinks.integrity import IntegritySink
 from bucketprobe.sinks.metrics import MetricsSink
 from bucketprobe.tracker import Tracker
 
@@ -24,27 +25,33 @@ NOW = HealthSnapshot(
     capabilities={"effective": 0}, accept_queue=0, ring_bytes=65_536, cpu_seconds=1.0, rss_bytes=1, version="1", python="3", kernel="6"
 )
 
+DIGEST = DigestHealth(budgets={"time": 0.002, "total": 0.004}, prices={"update": 2e-6}, target_cpu=1.0)
+
 
 def requests() -> list[Request]:
-    """One of every operation and outcome."""
+    """One of every operation, outcome and source of a digest's time."""
     return [
         Request(
             id="r", conn="c", pid=1, wall_ns=0, start_ns=0, end_ns=10**7, operation=operation, outcome=outcome, status=200, bytes_in=5,
             phases={"queue": 10, "runqueue": 20, "other": 10**7 - 30}, queue_stages={"accept": 4, "read": 6},
             attribution=Attribution("inferred", EVIDENCE), limited_by="server",
+            digest=Digest(source, 5.0, 10**6, 5, "sha256:aa", "sha256:bb", "thread", "mismatch", "computed", ("match", "mismatch")),
         )
         for operation in OPERATIONS
         for outcome in OUTCOMES
+        for source in DIGEST_SOURCES
     ]  # fmt: skip
 
 
 def served(observed: list[Request]) -> dict[str, dict[str, set[frozenset[tuple[str, str]]]]]:
     """Of each family by its Prometheus name: its type, and its series' labels (without a bucket's bound)."""
-    sink, sureness = MetricsSink(TAGS), AttributionSink()
+    sink, sureness, digests = MetricsSink(TAGS), AttributionSink(), IntegritySink()
     for request in observed:
         sink.observe(request)
         sureness.observe(request)
-    now = replace(NOW, labelled=sureness.labelled, evidence=sureness.evidence, limited_by=sureness.limited_by)
+        digests.observe(request)
+    digest = replace(DIGEST, requests=digests.requests, compared=digests.compared, mismatches=digests.mismatches)
+    now = replace(NOW, labelled=sureness.labelled, evidence=sureness.evidence, limited_by=sureness.limited_by, digest=digest)
     text = b"".join(PrometheusText(sink.collect, lambda: now).chunks()).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M))
     found: dict[str, dict[str, set[frozenset[tuple[str, str]]]]] = {name: {kind: set()} for name, kind in kinds.items()}
@@ -96,7 +103,9 @@ def test_each_row_about_the_agent_is_served(busy, row) -> None:
 
 def test_what_the_sink_counts_adds_no_series_to_those_from_the_start(busy, fresh) -> None:
     """An alert on a label, an evidence or a limit must not wait for its first request."""
-    for name in ("bucketprobe_requests_labelled_total", "bucketprobe_evidence_total", "bucketprobe_limited_total"):
+    agent = ("requests_labelled", "evidence", "limited", "digest_requests", "digest_compared", "digest_mismatches")
+    service = ("bucket_integrity_digest_mismatch_count_total", "bucket_integrity_post_storage_verify_count_total")
+    for name in (*(f"bucketprobe_{each}_total" for each in agent), *service):
         assert busy[name] == fresh[name]
 
 

@@ -16,8 +16,8 @@ import click
 import pytest
 
 from bucketprobe import cli, model
-from bucketprobe.catalog import catalog_table, health_table
-from bucketprobe.config import KEYS, Settings
+from bucketprobe.catalog import CATALOG, HEALTH, catalog_table, health_table
+from bucketprobe.config import DIGEST_MODES, KEYS, Settings, load
 from bucketprobe.demo import __main__ as demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,9 @@ def default(room: str, name: str) -> str:
     value = getattr(settings if room == "agent" else getattr(settings, room), name)
     if name == "node_id":
         return "the host's name"
-    return f"`{value}`" if value not in (None, "", ()) else "none"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{each}`" for each in value) or "none"
+    return f"`{value}`" if value not in (None, "") else "none"
 
 
 #: What stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
@@ -94,18 +96,40 @@ def test_what_others_fill_in_has_a_place(name: str) -> None:
 def test_every_field_of_a_record_is_explained() -> None:
     request = model.Request("1", "2", 3, 4, 5, 6, "write", "complete")
     record = request.record()
-    names = {*record, *request.files.record(), *(field.name for field in fields(model.Attribution))}
+    names = {*record, *request.files.record(), *request.digest.record(), *(field.name for field in fields(model.Attribution))}
     explained = set(re.findall(r"`([a-z_]+)`", README.read_text()))
     assert names <= explained
 
 
-WORDS = (model.PHASES, model.OUTCOMES, model.LABELS, model.OPERATIONS, model.EVIDENCE, model.GAPS, get_args(model.Limit))
+WORDS = (
+    *(model.PHASES, model.OUTCOMES, model.LABELS, model.OPERATIONS, model.EVIDENCE, model.GAPS, get_args(model.Limit)),
+    *(model.DIGEST_SOURCES, model.DIGEST_RESULTS, get_args(model.MismatchSource), DIGEST_MODES),
+)
 
 
 @pytest.mark.parametrize("words", WORDS)
 def test_every_word_of_a_record_is_explained(words: Sequence[str]) -> None:
-    texts = "".join(page.read_text() for page in (README, ROOT / "docs" / "phases.md", ROOT / "docs" / "attribution.md"))
+    texts = "".join(page.read_text() for page in (README, *(ROOT / "docs" / f"{name}.md" for name in ("phases", "attribution", "digests"))))
     assert set(words) <= set(re.findall(r"`([a-z_]+)`", texts))
+
+
+def test_the_settings_that_it_shows_can_be_read(tmp_path: Path) -> None:
+    shown = re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert shown
+    for number, text in enumerate(shown):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(text)
+        assert load(str(path), {}) != load(None, {})
+
+
+def test_the_metrics_that_it_asks_for_exist() -> None:
+    known = {row.name for row in HEALTH} | {metric.prometheus_name for metric in CATALOG}
+    known |= {f"{metric.prometheus_name}_{suffix}" for metric in CATALOG if metric.kind == "histogram" for suffix in ("sum", "count")}
+    asked = set()
+    for page in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        asked |= set(re.findall(r"\b(?:bucketprobe_[a-z_]*[a-z]|bucket_[a-z_]*_(?:total|sum|count|gauge))\b", page.read_text()))
+    assert asked
+    assert asked <= known
 
 
 def test_the_options_that_it_shows_exist() -> None:

@@ -35,6 +35,14 @@ A line of truth is a JSON object per request:
                                                 sidecars, in bucketprobe's words; null where the program cannot know.
                                                 A folder that is opened to be listed is not a file, but its time counts
 
+and of the SHA-256 of artifacts, by those that hash:
+
+    steps: digest                               wall time in the calls of the hash, and the bytes that were given to it
+    steps: digest_cpu                           CPU time of the thread in the same calls, where the program can know
+    steps: digest_other                         wall time in other hashing
+    computed                                    "sha256:HEX", the digest of an upload as the program found it; null where it hashed none
+    verified                                    "match" or "mismatch" for each digest of what was read back from storage
+
 All `_ns` are CLOCK_MONOTONIC. A step that the program did not time is not there. What else to know of a server is in its
 `notes`. The models of the reference Bucket are here, too.
 """
@@ -109,6 +117,7 @@ class Running:
     """A server that answers. `pid`: of its first process; `load`: the command that makes requests as it expects them."""
 
     name: str
+    server: Server
     port: int
     pid: int
     root: Path
@@ -121,19 +130,25 @@ class Running:
 
     def truth(self) -> list[Line]:
         """The lines so far. All are there only after the server was stopped, which is when `started` was left."""
-        return (SERVERS[self.name].read_truth or read_lines)(self.truth_path)
+        return (self.server.read_truth or read_lines)(self.truth_path)
 
 
 @contextmanager
 def started(
-    name: str, folder: Path, *, cache: Path | None = None, workers: int | None = None, environment: Mapping[str, str] | None = None
+    name: str,
+    folder: Path,
+    *,
+    server: Server | None = None,
+    cache: Path | None = None,
+    workers: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Running]:
-    """A server of `SERVERS` for the time, which keeps all that it writes in `folder`.
+    """A server for the time, which keeps all that it writes in `folder`: the one that `SERVERS` has by this name, or the one given.
 
     `cache`: where built programs are kept for the next time, out/servers unless given; `environment`: variables for the
     server, beside those that are set. Raises CannotStart.
     """
-    server = SERVERS[name]
+    server = server or SERVERS[name]
     for program, package in (server.programs or {}).items():
         if shutil.which(program) is None:
             raise CannotStart(f"the server {name} needs the command {program}; run .ci/setup test, or install Debian's {package}")
@@ -149,6 +164,7 @@ def started(
         line = await_line(process, log, server.ready)
         yield Running(
             name=name,
+            server=server,
             port=int(line.split("http://", 1)[1].split(":")[1].split()[0]) if "http://" in line else place.port,
             pid=process.pid,
             root=place.root,
@@ -210,6 +226,44 @@ def bucket(model: str) -> Callable[[Place], list[str]]:
     return command
 
 
+def build_library(source: Path, place: Place) -> Path:
+    """Build a small library of the servers into the cache, unless it is there. Raises CannotStart."""
+    library = place.cache / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=place.cache) as work:
+            built = Path(work, library.name)
+            try:
+                done = subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", built, source], capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                raise CannotStart(f"{source.name} needs gcc; run .ci/setup, or install Debian's gcc and libc6-dev") from None
+            if done.returncode:
+                raise CannotStart(f"{source.name} cannot be built, which needs gcc and libc6-dev: {done.stderr.strip()}")
+            built.rename(library)
+    return library
+
+
+def digest_bucket(model: str, *options: str) -> Callable[[Place], list[str]]:
+    """The reference Bucket, as digest_bucket.py has it."""
+
+    def command(place: Place) -> list[str]:
+        watch = build_library(SOURCES / "timed_update.c", place)
+        program = [sys.executable, f"{SOURCES}/digest_bucket.py", "--port", "0", "--root", f"{place.root}", "--truth", f"{place.truth}"]
+        workers = [] if place.workers is None else ["--workers", f"{place.workers}"]
+        return [*program, "--model", model, "--watch", f"{watch}", *workers, *options]
+
+    return command
+
+
+def digest_node(mode: str, *options: str) -> Callable[[Place], list[str]]:
+    """Node, with a clock of its thread's CPU time."""
+
+    def command(place: Place) -> list[str]:
+        clock = build_library(SOURCES / "thread_clock.c", place)
+        return node(mode, f"--clock={clock}", *options)(place)
+
+    return command
+
+
 def nginx(place: Place) -> list[str]:
     """nginx with a configuration, a prefix and logs of its own."""
     values = {
@@ -264,9 +318,9 @@ def nginx_line(seen: Line) -> Line:
     }
 
 
-def uvicorn(loop: str) -> Callable[[Place], list[str]]:
+def uvicorn(loop: str, *options: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
-        return [sys.executable, f"{SOURCES}/uvicorn_app.py", loop, f"{place.root}", f"{place.truth}"]
+        return [sys.executable, f"{SOURCES}/uvicorn_app.py", loop, f"{place.root}", f"{place.truth}", *options]
 
     return command
 
@@ -296,9 +350,9 @@ def build_go(source: Path, program: Path) -> None:
         Path(work, program.name).rename(program)
 
 
-def node(mode: str) -> Callable[[Place], list[str]]:
+def node(mode: str, *options: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
-        return ["node", f"{SOURCES}/node_bucket.js", mode, f"{place.root}", f"{place.truth}"]
+        return ["node", f"{SOURCES}/node_bucket.js", mode, f"{place.root}", f"{place.truth}", *options]
 
     return command
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -25,8 +25,10 @@ from bucketprobe.capture import (
     LOCK_NAME,
     MAX_BUFFER,
     MAX_CLIENTS,
+    MAX_MISMATCHED,
     SOCKET_NAME,
     ControlServer,
+    Hashing,
     Look,
     NoAgent,
     WorkShare,
@@ -40,7 +42,18 @@ from bucketprobe.capture import (
     summarise,
 )
 from bucketprobe.errors import AgentBusy, BucketprobeError, EnvironmentLack, UsageError
-from bucketprobe.model import EVIDENCE, GAPS, PHASES_AS_THEY_HAPPEN, Attribution, Operation, Request, Share
+from bucketprobe.model import (
+    DIGEST_SOURCES,
+    EVIDENCE,
+    GAPS,
+    PHASES_AS_THEY_HAPPEN,
+    Attribution,
+    Digest,
+    MismatchSource,
+    Operation,
+    Request,
+    Share,
+)
 
 
 def finished(ms: float = 10.0, operation: Operation = "write", status: int | None = 201, **fields: Any) -> Request:
@@ -187,13 +200,146 @@ def test_every_evidence_and_every_gap_has_its_words() -> None:
 
 def test_records_of_an_earlier_agent_are_summed_up_as_well() -> None:
     record = finished().record()
-    for name in ("client_wait_ms", "server_wait_ms", "limited_by", "coverage_gaps"):
+    for name in ("client_wait_ms", "server_wait_ms", "limited_by", "coverage_gaps", "digest"):
         del record[name]
     record["attribution"] = {"label": "exact", "evidence": ["thread"], "unattributed_bytes": 0}
     summary = summarise([record])
     assert (summary.limited_by, summary.work, summary.coverage_gaps) == ({"unknown": 1}, {}, {})
+    assert (summary.digests.compared, summary.operations["write"].hashing) == ({}, None)
     assert summary.slowest == [record], "records pass through as they came"
     assert "client wait unknown" in render_slowest(summary, False, 100)
+
+
+# Digests.
+
+DECLARED, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+FITS = Digest("exact", 2.0, 2_000_000, 1 << 20, DECLARED, DECLARED, "thread", "match")
+#: The client's bytes are not those that it declared; the first is noticed by nobody but us.
+HIDDEN = Digest("gap", 10.0, 6_000_000, 2 << 20, DECLARED, OTHER, "thread", "mismatch", "computed")
+REFUSED = Digest(declared=DECLARED, mismatch="answer")
+ROTTEN = Digest(declared=DECLARED, computed=DECLARED, result="match", verified=("match", "mismatch"))
+
+
+def drawn(*requests: Request, unicode: bool = True) -> tuple[str, str]:
+    summary = summarise([request.record() for request in requests])
+    return render_table(summary, False, 100, unicode), render_slowest(summary, False, 100, unicode)
+
+
+def test_how_fast_the_bytes_were_hashed() -> None:
+    unknown, no_bytes = Digest(declared=DECLARED), Digest("model", 20.0, 1_000_000)
+    records = [finished(operation="write", digest=each).record() for each in (FITS, HIDDEN, REFUSED, unknown, no_bytes)]
+    summary = summarise([*records, finished(operation="read").record()])
+    hashing = summary.operations["write"].hashing
+    assert hashing == Hashing({"exact": 1, "gap": 1, "model": 1}, 9.0, pytest.approx(0.84 / 9 * 100), 3 << 20, round((3 << 20) / 8e-3))
+    assert list(hashing.sources) == ["exact", "gap", "model"]
+    assert summary.operations["read"].hashing is None
+    text = render_table(summary, False, 100)
+    assert "\n  hashing      3.000 ms of CPU a request ±9.3 % at 393 MB/s; known of 3 requests (exact: 1, gap: 1, model: 1)\n" in text
+    assert text.count("hashing") == 1
+    assert json.loads(render_json(summary))["operations"]["write"]["hashing"]["bytes"] == 3 << 20
+
+
+def test_a_time_of_hashing_that_is_not_known_is_no_zero() -> None:
+    """Of four writes two are not known, and one was hashed in no time that could be measured."""
+    known = finished(phases={"digest": 4.0, "other": 6.0}, digest=FITS)
+    quick = finished(phases={"other": 10.0}, digest=Digest("exact", 2.0, 0, 5))
+    unknown = finished(phases={"other": 10.0}, digest=Digest(declared=DECLARED))
+    phase = summarise(each.record() for each in (known, quick, unknown, unknown)).operations["write"].phases["digest"]
+    assert (phase.requests, phase.p50_ms, phase.p95_ms) == (1, 0.0, 4.0)
+    note = "Requests whose time of hashing is not known are left out of the phase digest.\n"
+    assert drawn(known, unknown)[0].endswith(note)
+    for requests in ((known, quick), (unknown, unknown), (known, finished(operation="read"))):
+        assert note not in drawn(*requests)[0]
+
+
+def test_a_hash_of_no_bytes_and_no_time_divides_nothing_by_zero() -> None:
+    text = "".join(drawn(finished(digest=Digest("exact", 2.0, 0, 0)), finished(digest=Digest("exact", None, 5, 0))))
+    assert "0.000 ms of CPU" in text
+
+
+def test_whether_digests_fit() -> None:
+    requests = [
+        finished(1.0, digest=FITS),
+        finished(2.0, status=400, id="refused", digest=REFUSED),
+        finished(3.0, status=201, id="hidden", artifact_id="weights", digest=HIDDEN),
+        finished(4.0, "read", 200, id="rotten", digest=ROTTEN),
+        finished(5.0, digest=Digest(declared=DECLARED)),
+        finished(6.0),
+    ]
+    summary = summarise(request.record() for request in requests)
+    found = summary.digests
+    assert (found.compared, found.mismatches, found.accepted, found.verified) == (
+        {"match": 2, "unknown": 2, "mismatch": 1},
+        {"computed": 1, "answer": 1},
+        1,
+        {"match": 1, "mismatch": 1},
+    )
+    assert [record["id"] for record in found.mismatched] == ["hidden", "rotten", "refused"], "first those that nobody else noticed"
+    text, _ = drawn(*requests)
+    assert "\n  digests      match: 2, not compared: 2, mismatch: 1\n" in text
+    assert "\n  read back    match: 1, mismatch: 1\n" in text
+    said = "(by the service's answer: 1, by the computed digest: 1; answered with success all the same: 1)"
+    assert f"\n  DIGEST MISMATCH in 2 requests {said}\n" in text
+    assert "\n  STORED BYTES DIFFER: 1 of the digests over what was read back\n" in text
+    listed = re.findall(r"^    (\S+Z  .*)$", text, re.M)
+    assert listed == [
+        "1970-01-01T00:00:00.000000Z  write  status 201 although it does not fit  id hidden  (artifact weights)",
+        "1970-01-01T00:00:00.000000Z  read  status 200  id rotten",
+        "1970-01-01T00:00:00.000000Z  write  status 400  id refused",
+    ]
+
+
+def test_many_mismatches_do_not_fill_the_screen_and_hide_no_accepted_one() -> None:
+    requests = [finished(status=400, id=f"refused {number}", digest=REFUSED) for number in range(MAX_MISMATCHED + 5)]
+    summary = summarise(request.record() for request in (*requests, finished(id="hidden", digest=HIDDEN)))
+    assert summary.digests.mismatches == {"answer": MAX_MISMATCHED + 5, "computed": 1}
+    assert len(summary.digests.mismatched) == MAX_MISMATCHED
+    assert summary.digests.mismatched[0]["id"] == "hidden"
+    text = render_table(summary, False, 100)
+    assert len(re.findall(r"^    \S+Z ", text, re.M)) == 5
+    assert "    and more: see the records" in text
+
+
+def test_one_requests_digest() -> None:
+    _, text = drawn(finished(digest=FITS))
+    assert "   digest: 2.000 ms of CPU ±2.0 %, each call measured; 1.0 MiB at 524 MB/s; matches the declared one\n" in text
+    _, text = drawn(finished(digest=Digest("model", 10.0, 2_000_000, declared=DECLARED)))
+    assert "   digest: 2.000 ms of CPU ±10.0 %, from its bytes; not compared with the declared one\n" in text
+    _, text = drawn(finished(digest=ROTTEN))
+    assert "   digest: matches the declared one; read back: match, mismatch\n" in text
+    assert "   STORED BYTES DIFFER: what was read back from storage has another digest\n" in text
+
+
+def test_a_mismatch_of_one_request_stands_out_in_words() -> None:
+    _, text = drawn(finished(digest=HIDDEN))
+    assert "   DIGEST MISMATCH, by the computed digest, and the service answered with success\n" in text
+    assert f"     declared {DECLARED}\n     computed {OTHER}\n" in text
+    _, text = drawn(finished(status=400, digest=REFUSED))
+    assert "   DIGEST MISMATCH, by the service's answer\n" in text
+    assert "     computed not seen\n" in text
+
+
+def test_where_nothing_is_known_of_digests_nothing_is_said() -> None:
+    for digest in (Digest(), Digest(declared=DECLARED)):
+        text = "".join(drawn(finished(digest=digest)))
+        assert "hashing" not in text
+        assert "MISMATCH" not in text
+        assert "digest:" not in text
+    assert "digests" not in "".join(drawn(finished()))
+
+
+def test_digests_in_ascii_and_colour() -> None:
+    assert "".join(drawn(finished(digest=HIDDEN), finished(digest=FITS), unicode=False)).isascii()
+    summary = summarise([finished(digest=HIDDEN).record()])
+    for render in (render_table, render_slowest):
+        coloured = render(summary, color=True, width=100)
+        assert re.search(r"\x1b\[31m *DIGEST MISMATCH", coloured)
+        assert re.sub(r"\x1b\[\d+m", "", coloured) == render(summary, color=False, width=100)
+
+
+def test_every_source_has_its_words() -> None:
+    assert module._SOURCE_WORDS.keys() == set(DIGEST_SOURCES)
+    assert module._MISMATCH_WORDS.keys() == set(get_args(MismatchSource))
 
 
 # The drawing.

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from bucketprobe.abi import Kind, Stat
-from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, HealthSnapshot, Metric, catalog_table, health_table
+from bucketprobe.catalog import CATALOG, HEALTH, LOSSES, DigestHealth, HealthSnapshot, Metric, catalog_table, health_table
 from bucketprobe.exporters.jsonl import CAUSES
-from bucketprobe.model import EVIDENCE, GAPS, LABELS, OUTCOMES, Share
+from bucketprobe.model import DIGEST_SOURCES, EVIDENCE, GAPS, LABELS, OUTCOMES, PHASES, Share
 
 DURATION = (0.1, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000)
 SIZE = (1024, 65536, 1048576, 16777216, 104857600, 268435456, 1073741824, 5368709120)
@@ -20,6 +20,10 @@ PUBLISHED = {
     "bucket.artifact.read.count": "bucket_artifact_read_count_total",
     "bucket.artifact.read.duration": "bucket_artifact_read_duration_milliseconds",
     "bucket.artifact.phase.duration": "bucket_artifact_phase_duration_milliseconds",
+    "bucket.integrity.digest.duration": "bucket_integrity_digest_duration_milliseconds",
+    "bucket.integrity.digest.size": "bucket_integrity_digest_size_bytes",
+    "bucket.integrity.digest_mismatch.count": "bucket_integrity_digest_mismatch_count_total",
+    "bucket.integrity.post_storage_verify.count": "bucket_integrity_post_storage_verify_count_total",
     "bucket.performance.queue_delay.duration": "bucket_performance_queue_delay_duration_milliseconds",
     "bucket.storage.backlog_size.gauge": "bucket_storage_backlog_size_gauge",
 }
@@ -50,7 +54,7 @@ def test_closed_series_fit_their_tags_and_invent_no_status() -> None:
 
 def test_phases_start_for_each_artifact_operation() -> None:
     phases = next(metric for metric in CATALOG if metric.name == "bucket.artifact.phase.duration")
-    assert {operation for operation, _ in phases.closed} == {"write", "read", "metadata", "list"}
+    assert set(phases.closed) == {(operation, phase) for operation in ("write", "read", "metadata", "list") for phase in PHASES}
 
 
 @pytest.mark.parametrize("row", HEALTH, ids=lambda row: row.name)
@@ -79,6 +83,36 @@ def test_attribution_starts_at_zero() -> None:
     assert _health("bucketprobe_requests_labelled_total", now) == {(label,): 0 for label in LABELS} | {("shared",): 2}
     assert _health("bucketprobe_evidence_total", now) == {(name,): 0 for name in EVIDENCE} | {("path",): 3}
     assert _health("bucketprobe_limited_total", now) == {("client",): 4, ("server",): 0, ("storage",): 0, ("unknown",): 0}
+
+
+def test_digests_start_at_zero() -> None:
+    now = HealthSnapshot(
+        digest=DigestHealth(
+            requests={"gap": 5}, compared={"match": 4}, mismatches={"answer": 1}, accepted=1, unattributed=2,
+            cost={"value": 0.5}, attached={"time": 3}, windows=7,
+        )
+    )  # fmt: skip
+    assert _health("bucketprobe_digest_requests_total", now) == {(source,): 0 for source in DIGEST_SOURCES} | {("gap",): 5}
+    assert _health("bucketprobe_digest_compared_total", now) == {("match",): 4, ("mismatch",): 0, ("unknown",): 0}
+    assert _health("bucketprobe_digest_mismatches_total", now) == {("computed",): 0, ("answer",): 1}
+    assert _health("bucketprobe_digest_cost_seconds_total", now) == {("time",): 0, ("value",): 0.5}
+    assert _health("bucketprobe_digest_attached", now) == {("time",): 3, ("value",): 0}
+    assert _health("bucketprobe_digest_mismatches_accepted_total", now) == {(): 1}
+    assert _health("bucketprobe_digest_unattributed_total", now) == {(): 2}
+    assert _health("bucketprobe_digest_windows_total", now) == {(): 7}
+
+
+def test_what_limits_and_prices_digests_is_there_once_it_is_known() -> None:
+    """A budget of 0 allows nothing; none at all is no series, or an alert on cost over budget would fire for who asked for no limit."""
+    known = DigestHealth(budgets={"time": 0.0, "total": 0.004}, prices={"update": 2e-6, "final": 3.5e-6}, target_cpu=12.5)
+    expected = {
+        "bucketprobe_digest_budget_ratio": {("time",): 0.0, ("total",): 0.004},
+        "bucketprobe_digest_hit_seconds": {("update",): 2e-6, ("final",): 3.5e-6},
+        "bucketprobe_target_cpu_seconds_total": {(): 12.5},
+    }
+    for name, values in expected.items():
+        assert _health(name, HealthSnapshot(digest=known)) == values
+        assert _health(name, HealthSnapshot()) == {}
 
 
 def test_attributed_work_by_label_and_kind() -> None:

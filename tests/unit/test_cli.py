@@ -73,6 +73,9 @@ def test_defaults_in_the_help_are_those_of_the_settings() -> None:
     text = re.sub(r"\s+", " ", call("run", "--help").stdout)
     for name in ("listen", "run_dir", "cache_dir", "user", "ring_bytes", "max_connections", "head_bytes"):
         assert f"[{getattr(config.Settings(), name)}]" in text, name
+    digest = config.Settings().digest
+    for value in (digest.mode, digest.time_budget_pct, digest.total_budget_pct, ", ".join(digest.declared)):
+        assert f"[{value}]" in text, value
 
 
 def test_the_version() -> None:
@@ -130,7 +133,17 @@ def test_a_configuration_that_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--port", "0"), ("--pid", "-5"), ("--ring-bytes", "1000"), ("--head-bytes", "1"), ("--listen", "nowhere")],
+    [
+        ("--port", "0"),
+        ("--pid", "-5"),
+        ("--ring-bytes", "1000"),
+        ("--head-bytes", "1"),
+        ("--listen", "nowhere"),
+        ("--digest", "on"),
+        ("--digest-time-budget", "101"),
+        ("--digest-total-budget", "nan"),
+        ("--digest-declared", "somewhere"),
+    ],
 )
 def test_an_option_that_is_not_allowed_says_what_is(option: str, value: str) -> None:
     text = sentence(call("run", option, value), 2)
@@ -307,6 +320,18 @@ def test_a_capture_of_a_named_service_borrows_an_agent(monkeypatch: pytest.Monke
     pairs = dict(zip(command[-1:1:-2], command[-2:0:-2], strict=False))
     assert {"8080", "/srv/bucket", "*.db", str(tmp_path), "127.0.0.1:0"} <= set(pairs)
     assert "run" in command
+
+
+def test_a_borrowed_agent_looks_at_digests_as_it_was_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config_file = tmp_path / "c.toml"
+    config_file.write_text('[digest]\ntime_budget_pct = 0.75\ntotal_budget_pct = 1.5\ndeclared = ["path", "response:ETag"]\n')
+    forever = [sys.executable, "-c", "import signal; signal.pause()"]
+    arguments = ("--config", str(config_file), "--digest", "always", "--port", "8080", "--run-dir", str(tmp_path))
+    with no_agent_but_a_borrowed_one(monkeypatch, forever) as started:
+        result = call("capture", *arguments)
+    assert result.exit_code == 0, result.output
+    parsed = cli.run.make_context("run", started[0][started[0].index("run") + 1 :]).params
+    assert cli._settings(parsed).digest == config.DigestSpec("always", 0.75, 1.5, ("path", "response:ETag"))
 
 
 def test_a_borrowed_agent_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bucketprobe import config
-from bucketprobe.config import FileClasses, Settings, StorageSpec, Tags, TargetSpec, load
+from bucketprobe.config import DigestSpec, FileClasses, Settings, StorageSpec, Tags, TargetSpec, load
 from bucketprobe.errors import ConfigError
 
 FULL = """\
@@ -27,6 +27,12 @@ cgroups = ["/system.slice/bucket/", "kubepods"]
 [storage]
 roots = ["/srv/bucket/", "/srv//b2/../b3"]
 metadata = ["*.db"]
+
+[digest]
+mode = "always"
+time_budget_pct = 1
+total_budget_pct = 2.5
+declared = ["header:Content-MD5", "query:sum", "response:ETag", "path", "path"]
 
 [tags]
 environment = "production"
@@ -62,6 +68,7 @@ def test_a_full_file(tmp_path: Path) -> None:
         (8080, 9000), (12,), ("/usr/bin/bucketd", "minio"), ("bucket.service",), ("/system.slice/bucket", "kubepods")
     )
     assert settings.storage == StorageSpec(("/srv/bucket", "/srv/b3"), ("*.db",))
+    assert settings.digest == DigestSpec("always", 1.0, 2.5, ("header:Content-MD5", "query:sum", "response:ETag", "path"))
     assert settings.tags == Tags("production", "", "store-3", "")
     assert settings.tags.labels() == {"environment": "production", "node_id": "store-3"}
     assert settings.host_port() == ("::1", 9000)
@@ -103,6 +110,28 @@ def test_a_wrong_option_is_named_as_the_option() -> None:
         load(None, {"target.prots": (1,)})
 
 
+def test_digests_are_looked_at_within_a_budget_unless_told_otherwise() -> None:
+    digest = load(None, {}).digest
+    assert digest == DigestSpec()
+    assert (digest.mode, digest.time_budget_pct, digest.total_budget_pct) == ("auto", 0.2, 0.4)
+    assert digest.declared == ("header:X-Artifact-Digest", "query:digest")
+    assert load(None, {"digest.mode": "off", "digest.total_budget_pct": 5.0}).digest == DigestSpec("off", total_budget_pct=5.0)
+    assert load(None, {"digest.time_budget_pct": 0.0, "digest.total_budget_pct": 0.0}).digest.total_budget_pct == 0.0
+
+
+def test_the_time_of_digests_is_part_of_what_they_may_cost(tmp_path: Path) -> None:
+    text = "[digest]\n\ntime_budget_pct = 0.5\n"
+    said = message(tmp_path, text)
+    assert "bp.toml:3: [digest] time_budget_pct: 0.5 is more than total_budget_pct (0.4), which includes it; lower it, or raise" in said
+    assert "\n" not in said
+    assert "bp.toml: [digest] time_budget_pct: 0.2 is more than total" in message(tmp_path, "[digest]\ntotal_budget_pct = 0.1\n")
+    with pytest.raises(ConfigError, match=r"^--digest-time-budget: 0\.2 is more than total_budget_pct \(0\.1\)"):
+        load(None, {"digest.total_budget_pct": 0.1})
+    assert load(write(tmp_path, text), {"digest.total_budget_pct": 0.5}).digest.time_budget_pct == 0.5
+    with pytest.raises(ConfigError, match=r"^settings: \[digest\] time_budget_pct"):
+        Settings.from_dict({"digest": {"time_budget_pct": 99}})
+
+
 def test_which_specs_ask_on_exec() -> None:
     assert not TargetSpec(ports=(1,), pids=(1,)).asks_on_exec
     assert not TargetSpec(pids=(1,)).empty
@@ -141,6 +170,21 @@ def test_which_specs_ask_on_exec() -> None:
         ('[agent]\nlisten = "9464"', 2, "HOST:PORT"),
         ('[agent]\nlisten = "127.0.0.1:65536"', 2, "HOST:PORT"),
         ('[agent]\nlisten = "::1:80"', 2, "HOST:PORT"),
+        ('[digest]\nmode = "on"', 2, "'on' is not allowed; give auto, always or off"),
+        ("[digest]\nmode = true", 2, "give auto, always or off"),
+        ("[digest]\ntime_budget_pct = -0.1", 2, "from 0 to 100"),
+        ("[digest]\ntime_budget_pct = nan", 2, "from 0 to 100"),
+        ("[digest]\ntotal_budget_pct = 100.5", 2, "from 0 to 100"),
+        ("[digest]\ntotal_budget_pct = true", 2, "from 0 to 100"),
+        ('[digest]\ntotal_budget_pct = "1"', 2, "from 0 to 100"),
+        ("[digest]\ndeclared = []", 2, "one or more of 'header:NAME'"),
+        ('[digest]\ndeclared = ["header:"]', 2, "one or more of 'header:NAME'"),
+        ('[digest]\ndeclared = ["header:a b"]', 2, "one or more of 'header:NAME'"),
+        ('[digest]\ndeclared = ["query:a&b"]', 2, "one or more of 'header:NAME'"),
+        ('[digest]\ndeclared = ["path:x"]', 2, "one or more of 'header:NAME'"),
+        ('[digest]\ndeclared = ["cookie:x"]', 2, "one or more of 'header:NAME'"),
+        ('[digest]\ndeclared = "path"', 2, "one or more of 'header:NAME'"),
+        ("[digest]\nbudget = 1", 2, "known are mode, time_budget_pct, total_budget_pct, declared"),
         ("[agent]\nring_bytes = 100000", 2, "power of two"),
         ("[agent]\nring_bytes = 16384", 2, "power of two from 32768"),
         ("[agent]\nring_bytes = 262144.0", 2, "power of two"),

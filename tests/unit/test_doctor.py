@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 
 from bucketprobe import bpf, capture, doctor, privileges, program
-from bucketprobe.config import Settings, StorageSpec, TargetSpec
+from bucketprobe.config import DigestSpec, Settings, StorageSpec, TargetSpec
 from bucketprobe.doctor import Check, Host, Report
 from bucketprobe.errors import EnvironmentLack
 
 ALL_CAPS = (1 << len(privileges.CAPABILITIES)) - 1
-BTF_NAMES = [f"btf_trace_{name}" for name in (*program.REQUIRED_TRACEPOINTS, "sk_data_ready", "tcp_receive_reset")] + ["run_delay"]
+BTF_NAMES = [f"btf_trace_{name}" for name in (*program.REQUIRED_TRACEPOINTS, "sk_data_ready", "tcp_receive_reset")]
+BTF_NAMES += ["run_delay", "bpf_uprobe_multi_link"]
 
 
 class Fake:
@@ -48,6 +49,7 @@ class Fake:
         self.settings = Settings(run_dir=str(root / "run"), cache_dir=str(root / "cache"))
         self.answer: Callable[[list[str]], tuple[int, str]] = lambda command: (0, "0.26.0")
         self.machine = "x86_64"
+        self.release = "6.18.44"
         self.agent: dict[str, Any] | None = None
 
     def caps(self, mask: int) -> None:
@@ -60,7 +62,8 @@ class Fake:
         (self.sys / "kernel" / "security" / "lockdown").write_text(text)
 
     def run(self) -> Report:
-        return doctor.run(self.settings, Host(str(self.proc), str(self.sys), self.machine, self.answer, lambda run_dir: self.agent))
+        host = Host(str(self.proc), str(self.sys), self.machine, self.release, self.answer, lambda run_dir: self.agent)
+        return doctor.run(self.settings, host)
 
     def check(self, name: str) -> Check:
         return next(check for check in self.run().checks if check.name == name)
@@ -169,6 +172,7 @@ def test_without_btf(fake: Fake) -> None:
     report = fake.run()
     lacking = {check.name for check in report.checks if check.status == "missing"}
     assert lacking == {"kernel BTF", "tracepoints"}
+    assert fake.check("digests").status == "reduced"
 
 
 def test_a_required_tracepoint(fake: Fake) -> None:
@@ -196,6 +200,62 @@ def test_no_tracefs(fake: Fake) -> None:
 def test_no_run_delay(fake: Fake, text: str) -> None:
     (fake.proc / "self" / "schedstat").write_text(text)
     expect(fake.check("run delay"), "reduced", "runqueue")
+
+
+def test_digests_by_what_uprobes_there_are(fake: Fake) -> None:
+    assert "uprobe_multi" in fake.check("digests").found
+    fake.btf(*(name for name in BTF_NAMES if name != "bpf_uprobe_multi_link"))
+    expect(fake.check("digests"), "reduced", "no uprobes", "digests are off", "requests are still observed", "CONFIG_UPROBES")
+    assert fake.run().exit_code == 1, "nothing else fails"
+    device = fake.sys / "bus" / "event_source" / "devices" / "uprobe"
+    device.mkdir(parents=True)
+    (device / "type").write_text("8\n")
+    assert (fake.check("digests").status, fake.check("digests").cost) == ("ok", "")
+    assert "perf uprobes stand in" in fake.check("digests").found
+
+
+def test_digests_that_nobody_wants_need_nothing(fake: Fake) -> None:
+    fake.btf(*(name for name in BTF_NAMES if name != "bpf_uprobe_multi_link"))
+    fake.release = "6.12.1"
+    fake.settings = replace(fake.settings, digest=DigestSpec(mode="off"))
+    assert fake.check("digests").found.startswith("off by the settings")
+    assert "return probes" not in {check.name for check in fake.run().checks}
+
+
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [("6.10.14", False), ("6.11.0-rc1", True), ("6.12.38+deb13-amd64", True), ("6.13", True), ("6.14.0", False), ("?", False)],
+)
+def test_kernels_on_which_a_return_probe_may_kill(fake: Fake, release: str, said: bool) -> None:
+    fake.release = release
+    found = {check.name: check for check in fake.run().checks}
+    assert ("return probes" in found) == said
+    if said:
+        assert found["return probes"].status == "ok"
+        assert found["return probes"].found.endswith("a process that has a seccomp filter: such a target gets none")
+
+
+def test_a_target_with_a_seccomp_filter_on_such_a_kernel(fake: Fake) -> None:
+    fake.release = "6.12.1"
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5, 6)))
+    fake.process(5)
+    fake.process(6)
+    (fake.proc / "5" / "status").write_text("Name:\tstore\nSeccomp:\t0\n")
+    (fake.proc / "6" / "status").write_text("Name:\tstore\nSeccomp:\t2\nSeccomp_filters:\t1\n")
+    expect(fake.check("return probes"), "reduced", "a seccomp filter: store[6] gets none", "not seen", "6.14")
+    assert "store[5]" not in fake.check("return probes").found
+    fake.release = "6.18.44"
+    assert "return probes" not in {check.name for check in fake.run().checks}
+
+
+def test_a_target_with_a_shadow_stack_on_an_older_kernel(fake: Fake) -> None:
+    fake.release = "6.8.0-40-generic"
+    fake.settings = replace(fake.settings, target=TargetSpec(pids=(5,)))
+    fake.process(5)
+    (fake.proc / "5" / "status").write_text("Seccomp:\t2\nx86_Thread_features:\tshstk wrss\nx86_Thread_features_locked:\t\n")
+    expect(fake.check("return probes"), "reduced", "a shadow stack: store[5] gets none")
+    (fake.proc / "5" / "status").write_text("Seccomp:\t2\nx86_Thread_features:\t\n")
+    assert "return probes" not in {check.name for check in fake.run().checks}
 
 
 def no_python(command: list[str]) -> tuple[int, str]:

@@ -2,25 +2,96 @@
 //
 // A Bucket on Node's own modules: one event loop, and file calls in libuv's pool of threads.
 //
-//     node node_bucket.js MODE ROOT TRUTH
+//     node node_bucket.js MODE ROOT TRUTH [--chunk=BYTES] [--verify] [--verify-reads] [--clock=FILE]
 //
 // MODE stream: a PUT's body is piped into the file as it comes. MODE buffer: it is collected, checked and then written.
+// --chunk: what comes is collected to pieces of so many bytes, each of which is then hashed and written (stream).
+// --verify: read each artifact back after storing it. --verify-reads: and before a GET with `digest=` is answered.
+//
+// With the header X-Test-Hide an upload is stored whatever its digest is; with X-Test-Corrupt-Stored a bit of the stored file is
+// flipped before it is read back.
+//
+// The step `digest` is wall time around each call of the hash, and `digest_cpu`, with --clock and thread_clock.c as built there, the CPU
+// time of the thread meanwhile. The time of an update with no bytes is taken away: it is that of the clocks, and of the way from
+// JavaScript to the library.
 "use strict";
 
 const crypto = require("node:crypto");
 const fs = require("node:fs");
 const http = require("node:http");
 const { dirname } = require("node:path");
+const { Transform } = require("node:stream");
 const { pipeline } = require("node:stream/promises");
-const { promisify } = require("node:util");
+const { parseArgs, promisify } = require("node:util");
 
-const [mode, root, truth] = process.argv.slice(2);
+const { values: options, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    chunk: { type: "string" },
+    clock: { type: "string" },
+    verify: { type: "boolean" },
+    "verify-reads": { type: "boolean" },
+  },
+});
+const [mode, root, truth] = positionals;
+const chunk = options.chunk === undefined ? null : Number(options.chunk);
 const truthFd = fs.openSync(truth, "a");
 const acceptedAt = new WeakMap();
 
 const now = () => Number(process.hrtime.bigint());
 
 // --- what a request did ---
+
+// The CPU time of this thread in ns; not known without --clock.
+function loadClock(path) {
+  const loaded = { exports: {} };
+  process.dlopen(loaded, path);
+  return loaded.exports;
+}
+
+const threadCpu = options.clock === undefined ? null : loadClock(options.clock);
+
+const READ_BACK = chunk ?? 65536;
+const EMPTY_TRIES = 2000;
+
+// SHA-256 of a request's bytes, which tells its work what each call took.
+class Hash {
+  constructor(work) {
+    this.work = work;
+    this.hash = crypto.createHash("sha256");
+  }
+
+  update(part) {
+    this.timed(part.length, () => this.hash.update(part));
+    return this;
+  }
+
+  finish() {
+    return `sha256:${this.timed(0, () => this.hash.digest("hex"))}`;
+  }
+
+  timed(bytes, call) {
+    const beginCpu = threadCpu?.();
+    const beginNs = now();
+    const result = call();
+    const wall = now() - beginNs;
+    if (threadCpu) this.work.addNs("digest_cpu", threadCpu() - beginCpu - empty.cpu, bytes);
+    this.work.addNs("digest", wall - empty.wall, bytes);
+    return result;
+  }
+}
+
+const empty = { wall: 0, cpu: 0 };
+
+// The median times of an update with no bytes, in ns; the first half of them is there to warm up.
+function measureEmpty() {
+  const seen = { digest: [], digest_cpu: [] };
+  const hash = new Hash({ addNs: (step, ns) => seen[step].push(ns) });
+  const nothing = Buffer.alloc(0);
+  for (let i = 0; i < EMPTY_TRIES; i++) hash.update(nothing);
+  const median = (times) => times.slice(EMPTY_TRIES / 2).sort((a, b) => a - b)[EMPTY_TRIES / 4] ?? 0;
+  return { wall: median(seen.digest), cpu: median(seen.digest_cpu) };
+}
 
 const DATA_STEPS = { write: "storage_write", sync: "storage_sync", read: "storage_read" };
 
@@ -32,13 +103,19 @@ class Work {
     this.bytesOut = 0;
     this.length = 0;
     this.steps = new Map();
+    this.computed = null;
+    this.verified = [];
     this.data = new Calls(this, (call) => DATA_STEPS[call] ?? call);
     this.metadata = new Calls(this, () => "metadata");
   }
 
   add(step, beginNs, bytes) {
+    this.addNs(step, now() - beginNs, bytes);
+  }
+
+  addNs(step, ns, bytes) {
     const total = this.steps.get(step) ?? { step, ns: 0, bytes: 0, calls: 0 };
-    total.ns += now() - beginNs;
+    total.ns += Math.max(0, ns);
     total.bytes += bytes;
     total.calls += 1;
     this.steps.set(step, total);
@@ -61,6 +138,8 @@ class Work {
       steps: [...this.steps.values()],
       files: this.data.counts,
       metadata_files: this.metadata.counts,
+      computed: this.computed,
+      verified: this.verified,
     };
     fs.writeSync(truthFd, JSON.stringify(line) + "\n");
   }
@@ -211,8 +290,65 @@ function declared(request, bucketId, artifactId) {
   };
 }
 
-function check(document, hash) {
-  if (document.digest !== `sha256:${hash.digest("hex")}`) throw new Problem(400, "digest_mismatch");
+function check(work, document, hash) {
+  work.computed = hash.finish();
+  if (document.digest !== work.computed && !work.request.headers["x-test-hide"]) throw new Problem(400, "digest_mismatch");
+}
+
+// The digest of a stored file.
+async function readBack(work, path) {
+  const hash = new Hash(work);
+  const bytes = Buffer.alloc(READ_BACK);
+  const handle = await work.data.open(path, "r");
+  try {
+    let size;
+    while ((size = await work.data.read(handle, bytes))) hash.update(bytes.subarray(0, size));
+  } finally {
+    await work.data.close(handle);
+  }
+  return hash.finish();
+}
+
+// Whether the stored bytes are those that were received; told in the truth.
+async function verify(work, path, digest) {
+  const matches = (await readBack(work, path)) === digest;
+  work.verified.push(matches ? "match" : "mismatch");
+  return matches;
+}
+
+// Flips a bit of the byte in the middle, by calls that are not counted.
+function corrupt(path) {
+  const fd = fs.openSync(path, "r+");
+  const byte = Buffer.alloc(1);
+  const middle = Math.floor(fs.fstatSync(fd).size / 2);
+  fs.readSync(fd, byte, 0, 1, middle);
+  byte[0] ^= 1;
+  fs.writeSync(fd, byte, 0, 1, middle);
+  fs.closeSync(fd);
+}
+
+// Collects what comes to pieces of `size` bytes.
+function collector(size) {
+  let piece = Buffer.allocUnsafe(size);
+  let filled = 0;
+  return new Transform({
+    transform(part, _encoding, callback) {
+      for (let start = 0; start < part.length; ) {
+        const copied = part.copy(piece, filled, start);
+        start += copied;
+        filled += copied;
+        if (filled === size) {
+          this.push(piece);
+          piece = Buffer.allocUnsafe(size); // the one before may still wait to be written
+          filled = 0;
+        }
+      }
+      callback();
+    },
+    flush(callback) {
+      callback(null, filled ? piece.subarray(0, filled) : undefined);
+    },
+  });
 }
 
 // Both return the status, and the document that then exists.
@@ -220,19 +356,19 @@ function check(document, hash) {
 async function putStream(work, request, document) {
   const path = temporaryPath();
   const functions = work.data.functions;
-  const hash = crypto.createHash("sha256");
+  const hash = new Hash(work);
   const file = fs.createWriteStream(path, { flags: "wx", autoClose: false, fs: functions });
-  request.on("data", (part) => {
-    hash.update(part);
-    work.bytesIn += part.length;
-  });
+  const pieces = chunk === null ? request : collector(chunk);
+  request.on("data", (part) => (work.bytesIn += part.length));
+  pieces.on("data", (part) => hash.update(part));
   try {
     await new Promise((resolve, reject) => {
       request.on("close", () => request.complete || reject(new Error("the client left")));
       file.on("error", reject).on("finish", resolve);
-      request.pipe(file);
+      if (pieces !== request) request.pipe(pieces);
+      pieces.pipe(file);
     });
-    check(document, hash);
+    check(work, document, hash);
     await promisify(functions.fsync)(file.fd);
     return await commit(work, path, document);
   } finally {
@@ -248,7 +384,7 @@ async function putBuffer(work, request, document) {
     work.bytesIn += part.length;
   }
   const bytes = Buffer.concat(parts);
-  check(document, crypto.createHash("sha256").update(bytes));
+  check(work, document, new Hash(work).update(bytes));
   const path = temporaryPath();
   const handle = await work.data.open(path, "wx");
   try {
@@ -277,6 +413,11 @@ async function commit(work, path, document) {
     await calls.makeFolder(dirname(path));
   }
   await work.data.rename(path, dataPath(name));
+  if (work.request.headers["x-test-corrupt-stored"]) corrupt(dataPath(name));
+  if (options.verify && !(await verify(work, dataPath(name), work.computed))) {
+    await work.data.remove(dataPath(name));
+    throw new Problem(500, "post_storage_mismatch");
+  }
   const temporary = `${root}/meta/${crypto.randomUUID()}.tmp`;
   const handle = await work.metadata.open(temporary, "wx");
   try {
@@ -316,6 +457,9 @@ async function get(work, response, bucketId, artifactId, query) {
   const digest = query.get("digest");
   if (digest && digest.toLowerCase() !== document.digest) throw new Problem(412, "digest_precondition_failed");
   if (query.get("metadata_only") === "true") return answer(work, response, 200, document);
+  if (options["verify-reads"] && digest && !(await verify(work, dataPath(nameOf(document)), document.digest))) {
+    throw new Problem(500, "post_storage_mismatch");
+  }
   begin(work, response, 200, "application/octet-stream", document.size_bytes);
   const file = fs.createReadStream(dataPath(nameOf(document)), { fs: work.data.functions });
   file.on("data", (part) => (work.bytesOut += part.length));
@@ -341,6 +485,8 @@ async function serve(work, request, response) {
   throw new Problem(405, "method_not_allowed");
 }
 
+Object.assign(empty, measureEmpty());
+
 const server = http.createServer((request, response) => {
   const work = new Work(request);
   let endNs = null;
@@ -361,6 +507,8 @@ const server = http.createServer((request, response) => {
 });
 
 server.on("connection", (socket) => acceptedAt.set(socket, now()));
+// It ends by itself when all lines are written: of the last request, that may be after the client has all of the answer.
+process.on("SIGTERM", () => server.close() && server.closeAllConnections());
 server.keepAliveTimeout = 75000;
 server.listen(0, "127.0.0.1", 512, () =>
   console.error(`listening on http://127.0.0.1:${server.address().port} (node-${mode}, pid ${process.pid})`),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Bucket under uvicorn, without a framework: one event loop, and file calls that block it.
 
-uvicorn_app.py LOOP ROOT TRUTH      LOOP: asyncio or uvloop
+uvicorn_app.py LOOP ROOT TRUTH [CHUNK]      LOOP: asyncio or uvloop; CHUNK: bytes that are hashed and written at a time
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Left(Exception):
 class Bucket:
     """The ASGI application."""
 
-    def __init__(self, root: Path, truth: TruthLog) -> None:
-        self._store = Store(root)
+    def __init__(self, root: Path, truth: TruthLog, chunk: int | None) -> None:
+        self._store = Store(root, chunk)
         self._truth = truth
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -117,7 +117,8 @@ class Server(uvicorn.Server):
 
 def main() -> None:
     loop, root, truth = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    app = Bucket(root, TruthLog(truth))
+    chunk = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    app = Bucket(root, TruthLog(truth), chunk)
     config = uvicorn.Config(app, loop=loop, http="httptools", interface="asgi3", lifespan="off", ws="none", log_level="warning")
     # asyncio turns Nagle's algorithm off only where the socket names its protocol, which create_server does not.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -2,9 +2,15 @@
 
 // A Bucket on net/http: a goroutine for each connection, files through the standard library, GET by http.ServeContent.
 //
-//	bucket -root DIR -truth FILE [-writer]
+//	bucket -root DIR -truth FILE [-writer] [-chunk BYTES] [-verify] [-verify-reads]
 //
-// With -writer a PUT's body is read by its handler and written by another goroutine.
+// With -writer a PUT's body is read by its handler and written by another goroutine. With -chunk a buffer of that size is filled
+// before it is hashed and written. With -verify each artifact is read back after storing it, with -verify-reads before a GET with
+// `digest=` is answered. A client's header X-Test-Hide has an upload stored whatever its digest is; X-Test-Corrupt-Stored has a bit
+// of the stored file flipped before it is read back.
+//
+// The step `digest` is wall time around each call of the hash, `digest_cpu` the CPU time of the thread meanwhile, to which the
+// goroutine is locked for that. The cost of the clocks, measured at the start, is taken away.
 package main
 
 import (
@@ -16,6 +22,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"log"
@@ -24,6 +31,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
+	"sort"
 	"strings"
 	"sync"
 	"syscall"
@@ -35,6 +44,8 @@ const (
 	chunk          = 64 << 10
 	chunksInFlight = 4
 	clockMonotonic = 1
+	clockThreadCPU = 3
+	emptyTries     = 2000
 )
 
 // --- the clock ---
@@ -50,6 +61,77 @@ func readClocks() (time.Time, int64) {
 }
 
 func now() int64 { return startNs + int64(time.Since(startTime)) }
+
+// threadCPU is the CPU time of this thread in ns. RawSyscall, since it never blocks.
+func threadCPU() int64 {
+	var spec syscall.Timespec
+	syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, clockThreadCPU, uintptr(unsafe.Pointer(&spec)), 0)
+	return spec.Nano()
+}
+
+// --- digests ---
+
+// hashing makes one call that hashes so many bytes, and adds it to the line's steps.
+func (l *line) hashing(bytes int, call func()) {
+	wall, cpu := stopwatch(call)
+	l.addNs("digest", wall-emptyWall, int64(bytes))
+	l.addNs("digest_cpu", cpu-emptyCPU, int64(bytes))
+}
+
+// stopwatch gives the wall time of a call and the CPU time of its thread, with the cost of taking them.
+func stopwatch(call func()) (wall, cpu int64) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	beginCPU := threadCPU()
+	begin := now()
+	call()
+	wall = now() - begin
+	return wall, threadCPU() - beginCPU
+}
+
+var emptyWall, emptyCPU = emptyCall()
+
+// emptyCall gives the medians of a write of no bytes.
+func emptyCall() (int64, int64) {
+	walls, cpus := make([]int64, emptyTries), make([]int64, emptyTries)
+	empty := sha256.New()
+	for i := range walls {
+		walls[i], cpus[i] = stopwatch(func() { empty.Write(nil) })
+	}
+	for _, times := range [][]int64{walls, cpus} {
+		sort.Slice(times, func(i, j int) bool { return times[i] < times[j] })
+	}
+	return walls[emptyTries/2], cpus[emptyTries/2]
+}
+
+// timedHash is a hash whose calls are steps of the line.
+type timedHash struct {
+	hash.Hash
+	line *line
+}
+
+func (h timedHash) Write(part []byte) (size int, err error) {
+	h.line.hashing(len(part), func() { size, err = h.Hash.Write(part) })
+	return size, err
+}
+
+// finish gives the digest as the contract writes it.
+func (h timedHash) finish() string {
+	var sum []byte
+	h.line.hashing(0, func() { sum = h.Hash.Sum(nil) })
+	return "sha256:" + hex.EncodeToString(sum)
+}
+
+// filled reads whole buffers, but for the last one.
+type filled struct{ io.Reader }
+
+func (f filled) Read(part []byte) (int, error) {
+	size, err := io.ReadFull(f.Reader, part)
+	if err == io.ErrUnexpectedEOF {
+		err = io.EOF
+	}
+	return size, err
+}
 
 // --- what a request did ---
 
@@ -88,19 +170,27 @@ type line struct {
 	Steps         []*step `json:"steps"`
 	Files         counts  `json:"files"`
 	MetadataFiles counts  `json:"metadata_files"`
+
+	Computed string   `json:"computed,omitempty"` // the digest of the body
+	Verified []string `json:"verified,omitempty"` // of each digest of what was read back: match or mismatch
 }
 
 // add puts one call into a step. The goroutines of one request never add at the same time.
-func (l *line) add(name string, beginNs, bytes int64) {
+func (l *line) add(name string, beginNs, bytes int64) { l.addNs(name, now()-beginNs, bytes) }
+
+func (l *line) addNs(name string, ns, bytes int64) {
+	if ns < 0 {
+		ns = 0
+	}
 	for _, known := range l.Steps {
 		if known.Step == name {
-			known.Ns += now() - beginNs
+			known.Ns += ns
 			known.Bytes += bytes
 			known.Calls++
 			return
 		}
 	}
-	l.Steps = append(l.Steps, &step{name, now() - beginNs, bytes, 1})
+	l.Steps = append(l.Steps, &step{name, ns, bytes, 1})
 }
 
 // file is an open file whose calls are counted, as data or as metadata.
@@ -236,11 +326,14 @@ type problem struct {
 func (p problem) Error() string { return p.code }
 
 type store struct {
-	root       string
-	withWriter bool
-	mutex      sync.Mutex
-	truth      *os.File
-	unwritten  sync.WaitGroup // lines
+	root          string
+	withWriter    bool
+	chunk         int // 0: as io.Copy has it
+	verifies      bool
+	verifiesReads bool
+	mutex         sync.Mutex
+	truth         *os.File
+	unwritten     sync.WaitGroup // lines
 }
 
 func (s *store) sidecar(name string) string { return filepath.Join(s.root, "meta", name+".json") }
@@ -293,16 +386,16 @@ func (s *store) put(l *line, request *http.Request, bucket, artifact string) (in
 			data.remove(l, temporary)
 		}
 	}()
-	hash := sha256.New()
-	body := io.TeeReader(request.Body, hash)
-	receive := receiveAndWrite
+	hash := timedHash{sha256.New(), l}
+	receive := s.receiveAndWrite
 	if s.withWriter {
-		receive = receiveForWriter
+		receive = s.receiveForWriter
 	}
-	if wanted.SizeBytes, err = receive(opened, body); err != nil {
+	if wanted.SizeBytes, err = receive(opened, io.TeeReader(s.pieces(request.Body), hash)); err != nil {
 		return 0, nil, err
 	}
-	if wanted.Digest != "sha256:"+hex.EncodeToString(hash.Sum(nil)) {
+	l.Computed = hash.finish()
+	if wanted.Digest != l.Computed && header.Get("X-Test-Hide") == "" {
 		return 0, nil, problem{400, "digest_mismatch"}
 	}
 	if err := opened.Sync(); err != nil {
@@ -319,15 +412,28 @@ func (s *store) put(l *line, request *http.Request, bucket, artifact string) (in
 		return 200, existing, nil
 	}
 	wanted.CreatedAt = time.Now().UTC().Format(time.RFC3339Nano)
-	err = s.keep(l, temporary, wanted)
+	err = s.keep(l, temporary, wanted, header.Get("X-Test-Corrupt-Stored") != "")
 	stored = err == nil
 	return 201, wanted, err
 }
 
-func receiveAndWrite(target *file, body io.Reader) (int64, error) { return io.Copy(target, body) }
+// pieces is the body in pieces as they are to be hashed and written.
+func (s *store) pieces(body io.Reader) io.Reader {
+	if s.chunk == 0 {
+		return body
+	}
+	return filled{body}
+}
+
+func (s *store) receiveAndWrite(target *file, body io.Reader) (int64, error) {
+	if s.chunk == 0 {
+		return io.Copy(target, body)
+	}
+	return io.CopyBuffer(struct{ io.Writer }{target}, body, make([]byte, s.chunk))
+}
 
 // receiveForWriter reads in this goroutine and writes in another one.
-func receiveForWriter(target *file, body io.Reader) (int64, error) {
+func (s *store) receiveForWriter(target *file, body io.Reader) (int64, error) {
 	parts, done := make(chan []byte, chunksInFlight), make(chan error, 1)
 	go func() {
 		var failed error
@@ -341,7 +447,7 @@ func receiveForWriter(target *file, body io.Reader) (int64, error) {
 	var total int64
 	var failed error
 	for failed == nil {
-		part := make([]byte, chunk)
+		part := make([]byte, s.pieceSize())
 		var size int
 		size, failed = body.Read(part)
 		if size > 0 {
@@ -357,8 +463,54 @@ func receiveForWriter(target *file, body io.Reader) (int64, error) {
 	return total, written
 }
 
+func (s *store) pieceSize() int {
+	if s.chunk == 0 {
+		return chunk
+	}
+	return s.chunk
+}
+
+// verify reads a stored file back and tells in the truth whether it has the digest; it fails where it has not.
+func (s *store) verify(l *line, path, digest string) error {
+	opened, err := data.openFile(l, path, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer opened.Close()
+	hash := timedHash{sha256.New(), l}
+	if _, err := io.CopyBuffer(hash, struct{ io.Reader }{opened}, make([]byte, s.pieceSize())); err != nil {
+		return err
+	}
+	if hash.finish() != digest {
+		l.Verified = append(l.Verified, "mismatch")
+		return problem{500, "post_storage_mismatch"}
+	}
+	l.Verified = append(l.Verified, "match")
+	return nil
+}
+
+// corrupt flips a bit of the byte in the middle, by calls that are not counted.
+func corrupt(path string) error {
+	opened, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer opened.Close()
+	about, err := opened.Stat()
+	if err != nil {
+		return err
+	}
+	part := make([]byte, 1)
+	if _, err := opened.ReadAt(part, about.Size()/2); err != nil {
+		return err
+	}
+	part[0] ^= 1
+	_, err = opened.WriteAt(part, about.Size()/2)
+	return err
+}
+
 // keep moves a finished upload to its place, and writes its metadata.
-func (s *store) keep(l *line, source string, wanted *document) error {
+func (s *store) keep(l *line, source string, wanted *document, corrupts bool) error {
 	target, sidecar := filepath.Join(s.root, "data", wanted.name()), s.sidecar(wanted.name())
 	if err := data.makeFolder(l, filepath.Dir(target)); err != nil {
 		return err
@@ -368,6 +520,17 @@ func (s *store) keep(l *line, source string, wanted *document) error {
 	}
 	if err := data.renameFile(l, source, target); err != nil {
 		return err
+	}
+	if corrupts {
+		if err := corrupt(target); err != nil {
+			return err
+		}
+	}
+	if s.verifies {
+		if err := s.verify(l, target, l.Computed); err != nil {
+			data.remove(l, target)
+			return err
+		}
 	}
 	text, err := json.Marshal(wanted)
 	if err != nil {
@@ -581,7 +744,13 @@ func (s *store) get(l *line, reply *answer, request *http.Request, bucket, artif
 		reply.document(200, found)
 		return nil
 	}
-	opened, err := data.openFile(l, filepath.Join(s.root, "data", found.name()), os.O_RDONLY)
+	path := filepath.Join(s.root, "data", found.name())
+	if s.verifiesReads && query.Get("digest") != "" {
+		if err := s.verify(l, path, found.Digest); err != nil {
+			return err
+		}
+	}
+	opened, err := data.openFile(l, path, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
@@ -589,7 +758,8 @@ func (s *store) get(l *line, reply *answer, request *http.Request, bucket, artif
 	reply.Header().Set("Content-Type", "application/octet-stream")
 	// The bare file: with anything around it net/http would copy, and not use sendfile(2). So its reads are not counted.
 	http.ServeContent(reply, request, "", time.Time{}, opened.File)
-	l.Files.ReadBytes, l.Files.ReadCalls = reply.bytes, nil
+	l.Files.ReadBytes += reply.bytes
+	l.Files.ReadCalls = nil
 	return nil
 }
 
@@ -609,6 +779,9 @@ func main() {
 	root := flag.String("root", "", "storage root")
 	truth := flag.String("truth", "", "file of the truth")
 	withWriter := flag.Bool("writer", false, "write in another goroutine than the one that reads the body")
+	size := flag.Int("chunk", 0, "bytes that are hashed and written at a time")
+	verifies := flag.Bool("verify", false, "read each artifact back after storing it")
+	verifiesReads := flag.Bool("verify-reads", false, "and before a GET with a digest is answered")
 	flag.Parse()
 	file, err := os.OpenFile(*truth, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
@@ -618,7 +791,9 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	stored := &store{root: *root, withWriter: *withWriter, truth: file}
+	stored := &store{
+		root: *root, withWriter: *withWriter, chunk: *size, verifies: *verifies, verifiesReads: *verifiesReads, truth: file,
+	}
 	server := &http.Server{
 		Handler:   stored,
 		ConnState: stored.changed,

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which digest was which request's, and what it says: of the body that came, of bytes read back from storage, of something else.
+
+A digest is a body's when it is of as many bytes and was finished after the last of them had come. Whose it is, is told by the same
+evidence as for file work; that it equals what a request declared confirms it, and never is the reason not to look for one that
+does not. docs/digests.md has the rules as a reader sees them.
+
+Pure. Times are CLOCK_MONOTONIC in ns.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+from bucketprobe.hashtime import Gaps, HashTime, Timed
+from bucketprobe.http1 import RequestHead, ResponseHead
+from bucketprobe.model import Digest, DigestResult, MismatchSource
+
+#: OpenSSL's numbers (include/openssl/obj_mac.h), and how many bytes each digest has.
+ALGORITHMS = {4: "md5", 64: "sha1", 672: "sha256", 673: "sha384", 674: "sha512"}
+SIZES = {"md5": 16, "sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
+_BY_SIZE = {size: name for name, size in SIZES.items()}
+
+#: "sha256:HEX" and "sha-256=:BASE64:" (RFC 9530), "sha256-BASE64", a digest by itself, all perhaps in quotes.
+_NAMED = re.compile(r"(md5|sha-?1|sha-?256|sha-?384|sha-?512)[:=-]:?([0-9A-Za-z+/_=-]+?):?", re.IGNORECASE)
+_IN_PATH = re.compile(r"(?:(sha256|sha512|sha1|md5)[:/_-])?([0-9a-f]{32,128})(?![0-9a-z])", re.IGNORECASE)
+
+
+#: Digests that no request has yet, and intervals in which values were seen, of one process.
+MAX_UNCLAIMED, INTERVALS = 256, 64
+#: A process hashes as it did if that many of the last requests agree.
+HABIT, HABIT_REQUESTS = 5, 20
+#: No processor hashes a byte in less, ns: what is finished again sooner was not hashed again.
+FASTEST = 0.2
+
+
+class Owned(Protocol):
+    """A file that is one request's: its `owner` is that one's number."""
+
+    owner: int
+
+
+class Owner(Protocol):
+    """What of a request counts here; see resolve.Live."""
+
+    rid: int
+    begun_ns: int
+    ended_ns: int
+    received_ns: int
+    read_key: int
+    send_key: int
+    writes: bool
+    size: int | None
+    declared: str | None
+    digests: list[Seen]
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """A digest that a process computed. `value`: "ALGORITHM:HEX"; `size`: bytes that it is of. `timed`: its calls, where all were timed.
+    `files`: those that its thread had written to and read from last. `ran_ns`: for how long that thread had run by then."""
+
+    value: str
+    size: int
+    at_ns: int
+    tid: int = 0
+    key: int = 0
+    ran_ns: int = 0
+    files: tuple[Owned, ...] = ()
+    timed: Timed | None = None
+    evidence: str = ""
+
+    def repeats(self, before: Seen) -> bool:
+        """Whether this is the same hash, finished once more: there was no time to hash the bytes again."""
+        same = before.tid == self.tid and before.value == self.value and before.size == self.size
+        return same and 0 <= self.ran_ns - before.ran_ns < FASTEST * self.size
+
+
+class Digests:
+    """The digests of one process that no request has yet, and how it hashes.
+
+    `proven`: whether its values are known to be read right: a self-test said so, or one was what a request had declared.
+    `unattributed`: how many were no request's.
+    """
+
+    def __init__(self) -> None:
+        self.time = HashTime()
+        self.proven = False
+        self.unattributed = 0
+        self._unclaimed: deque[Seen] = deque()
+        self._last: dict[int, Seen] = {}  # by thread
+        self._habits: dict[str, deque[float]] = {}
+        self._seen: deque[list[int]] = deque(maxlen=INTERVALS)  # from when until when values were seen; 0: still
+
+    def repeats(self, seen: Seen) -> bool:
+        """Whether it is one that was there already."""
+        before = self._last.get(seen.tid)
+        if len(self._last) > MAX_UNCLAIMED:
+            self._last.clear()
+        self._last[seen.tid] = seen
+        return before is not None and seen.repeats(before)
+
+    def wait(self, seen: Seen) -> None:
+        """Nobody is known yet whose it is."""
+        self._unclaimed.append(seen)
+        if len(self._unclaimed) > MAX_UNCLAIMED:
+            self._unclaimed.popleft()
+            self.unattributed += 1
+
+    def probing(self, on: bool, at_ns: int) -> None:
+        """Values are seen from now on, or not any more."""
+        if on:
+            self._seen.append([at_ns, 0])
+        elif self._seen:
+            self._seen[-1][1] = at_ns
+
+    def covers(self, from_ns: int, until_ns: int) -> bool:
+        """Whether all digests of that time were seen."""
+        return any(on <= from_ns and (not off or until_ns <= off) for on, off in self._seen)
+
+    def awaits(self, owner: Owner) -> bool:
+        """Whether one that nobody has may be the request's, which has none."""
+        return owner.writes and not _has_body(owner) and any(_fits(seen, owner) for seen in self._unclaimed)
+
+    def claim(self, owner: Owner, others: Iterable[Owner], key_name: str, read_back: Sequence[tuple[int, int]], *, last: bool) -> None:
+        """Gives a request that ended what is surely its own; `last`: and what it may have."""
+        for seen in list(self._unclaimed):
+            if owner.begun_ns <= seen.at_ns <= owner.ended_ns:
+                seen.evidence = _evidence(seen, owner, key_name)
+                if seen.evidence:
+                    self._take(seen, owner)
+        if not last or not self._unclaimed:
+            return
+        among = [other for other in others if other is not owner]
+        for seen in list(self._unclaimed):
+            if _fits(seen, owner) and _lacks(seen, owner, read_back) and not any(seen.value == other.declared for other in among):
+                rivals = [other for other in among if not _has_body(other) and _fits(seen, other)]
+                seen.evidence = "order" if rivals else "bytes"
+                self._take(seen, owner)
+
+    def _take(self, seen: Seen, owner: Owner) -> None:
+        self._unclaimed.remove(seen)
+        owner.digests.append(seen)
+
+    def expire(self, before_ns: int) -> None:
+        """Those from before then are nobody's."""
+        while self._unclaimed and self._unclaimed[0].at_ns < before_ns:
+            self._unclaimed.popleft()
+            self.unattributed += 1
+
+    def learn_habit(self, operation: str, hashed: int, size: int) -> None:
+        """A request of this kind hashed so many bytes, and had a body of that many."""
+        self._habits.setdefault(operation, deque(maxlen=HABIT_REQUESTS)).append(hashed / size)
+
+    def by_habit(self, operation: str, size: int) -> int:
+        """How many bytes a request like this hashes, as far as others tell; 0 where they do not."""
+        ratios = self._habits.get(operation, ())
+        if len(ratios) < HABIT:
+            return 0
+        usual = median(ratios)
+        return round(usual * size) if all(abs(ratio - usual) <= 0.01 * usual for ratio in ratios) else 0
+
+
+def _fits(seen: Seen, owner: Owner) -> bool:
+    """Of as many bytes as its body, finished when all of that was there and before the request was over."""
+    in_time = 0 < owner.received_ns <= seen.at_ns and (not owner.ended_ns or seen.at_ns <= owner.ended_ns)
+    return bool(owner.size) and seen.size == owner.size and in_time
+
+
+def _has_body(owner: Owner) -> bool:
+    return any(seen.size == owner.size for seen in owner.digests)
+
+
+def _lacks(seen: Seen, owner: Owner, read_back: Sequence[tuple[int, int]]) -> bool:
+    """Whether the request must have computed one more: over its body, or over what it read back."""
+    if not _has_body(owner):
+        return True
+    times = [done_ns for nbytes, done_ns in read_back if nbytes == seen.size and done_ns <= seen.at_ns]
+    return any(not any(has.size == seen.size and has.at_ns >= done_ns for has in owner.digests) for done_ns in times)
+
+
+def _evidence(seen: Seen, owner: Owner, key_name: str) -> str:
+    keys = (owner.read_key, owner.send_key) if key_name == "goroutine" else (owner.send_key,)
+    fits = _fits(seen, owner) or not owner.writes
+    if seen.key and seen.key in keys and (fits or key_name == "goroutine"):
+        return key_name
+    if fits and any(file.owner == owner.rid for file in seen.files):
+        return "descriptor"
+    return "value" if fits and seen.value == owner.declared else ""
+
+
+def declared(spec: Iterable[str], head: RequestHead, response: ResponseHead | None) -> str | None:
+    """The digest that a request says its body has, "ALGORITHM:HEX", from the first place of `spec` (see config.DigestSpec) that has one."""
+    for place in spec:
+        where, _, name = place.partition(":")
+        if where == "header":
+            found = parse(head.headers.get(name.lower()))
+        elif where == "query":
+            found = parse(head.query.get(name))
+        elif where == "response":
+            found = parse(response.headers.get(name.lower())) if response else None
+        else:
+            found = _in_path(head.path)
+        if found:
+            return found
+    return None
+
+
+def parse(text: str | None) -> str | None:
+    """A digest in any of the usual forms as "ALGORITHM:HEX"; None where it is none."""
+    text = (text or "").strip().removeprefix("W/").strip('"')
+    named = _NAMED.fullmatch(text)
+    if named:
+        name = named[1].lower().replace("-", "")
+        return _of(named[2], name)
+    return _of(text, None)
+
+
+def _of(text: str, name: str | None) -> str | None:
+    if re.fullmatch("[0-9a-fA-F]+", text) and len(text) % 2 == 0 and len(text) // 2 in _BY_SIZE:
+        value = bytes.fromhex(text)
+    else:
+        try:
+            value = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            return None
+    name = name or _BY_SIZE.get(len(value))
+    return f"{name}:{value.hex()}" if name and SIZES[name] == len(value) else None
+
+
+def _in_path(path: str) -> str | None:
+    for found in _IN_PATH.finditer(path):
+        if value := _of(found[2], found[1].lower() if found[1] else None):
+            return value
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a request's digests say; see model.Digest for the fields."""
+
+    computed: Seen | None
+    result: DigestResult | None
+    verified: tuple[DigestResult, ...]
+
+
+def judge(
+    seen: Sequence[Seen], expected: str | None, *, size: int, writes: bool, whole: bool, read_back: Sequence[tuple[int, int]]
+) -> Judgement:
+    """`expected`: the declared digest. `size`: bytes of the body that came; `whole`: all of it did. `read_back`: of each storage file
+    that the request read, how many bytes and when the last of them was read."""
+
+    def is_read_back(each: Seen) -> bool:
+        return any(nbytes == each.size and done_ns <= each.at_ns for nbytes, done_ns in read_back)
+
+    stored = [each for each in seen if each.size and is_read_back(each)]
+    of_body = [each for each in seen if writes and whole and size and each.size == size]
+    direct = [each for each in of_body if each not in stored] or of_body
+    computed = _best(direct, expected)
+    against = expected or (computed.value if computed else None)
+    alike = [each for each in stored if against and _algorithm(each.value) == _algorithm(against)]
+    # Of a write it is what it stored that counts; of a read, what it was asked to have.
+    relevant = alike if not writes or whole else []
+    verified: tuple[DigestResult, ...] = tuple("match" if each.value == against else "mismatch" for each in relevant)
+    result: DigestResult | None = None
+    if computed and expected and _algorithm(computed.value) == _algorithm(expected):
+        result = "match" if computed.value == expected else "mismatch"
+    return Judgement(computed, result, verified)
+
+
+def _best(seen: Sequence[Seen], expected: str | None) -> Seen | None:
+    """The one that is expected; else the first of the same algorithm, else the first."""
+    if expected:
+        for each in seen:
+            if each.value == expected:
+                return each
+        for each in seen:
+            if _algorithm(each.value) == _algorithm(expected):
+                return each
+    return seen[0] if seen else None
+
+
+def _algorithm(value: str) -> str:
+    return value.partition(":")[0]
+
+
+def report(
+    digests: Digests, owner: Owner, operation: str, sent: int, gaps: Gaps, read_back: Sequence[tuple[int, int]], *, answered_mismatch: bool
+) -> Digest:
+    """What the record says of a request's digests. `sent`: bytes of its answer's body; `answered_mismatch`: whether the answer means
+    that the declared digest is not the body's."""
+    size = (owner.size or 0) if owner.writes else sent
+    whole = owner.received_ns > 0
+    judged = judge(owner.digests, owner.declared, size=size, writes=owner.writes, whole=whole, read_back=read_back)
+    if judged.result == "match":
+        digests.proven = True
+    if not digests.proven:
+        judged = Judgement(None, None, ())
+    hashed = sum(seen.size for seen in owner.digests)
+    covered = digests.covers(owner.begun_ns, owner.ended_ns)
+    if covered and whole and size:
+        digests.learn_habit(operation, hashed, size)
+    elif not covered:
+        hashed = max(hashed, digests.by_habit(operation, size))
+    each = [seen.timed for seen in owner.digests]
+    known = [timed for timed in each if timed]
+    timed = Timed(sum(t.ns for t in known), sum(t.bytes for t in known), sum(t.calls for t in known)) if known and all(each) else None
+    if owner.digests and not known:
+        digests.time.ended(owner.ended_ns, gaps, hashed)
+    estimate = digests.time.estimate(hashed, timed, gaps)
+    mismatch: MismatchSource | None
+    mismatch = "computed" if judged.result == "mismatch" else "answer" if answered_mismatch and judged.result is None else None
+    return Digest(
+        source=estimate.source if estimate else "none",
+        error_pct=estimate.error_pct if estimate else None,
+        ns=estimate.ns if estimate else None,
+        bytes=hashed or None,
+        declared=owner.declared,
+        computed=judged.computed.value if judged.computed else None,
+        evidence=judged.computed.evidence if judged.computed else None,
+        result=judged.result,
+        mismatch=mismatch,
+        verified=judged.verified,
+    )
