@@ -344,8 +344,8 @@ class DigestEvent(ctypes.Structure):
     """A digest over `bytes` was finished (`what`: FileFlag.ALONE or 0); `n` bytes of its value follow. `algorithm` is OpenSSL's NID.
 
     `ns`: on-CPU time in the hash function for the `timed_bytes` of it, in `calls` calls, with the probes' own time in it; 0 while
-    calls are not timed. `read`, `wrote`: the generations of the files that the thread had read from (0: a socket) and written to last. `ran_ns`:
-    how long the thread had been on a CPU, from a start of its own.
+    calls are not timed. `read`, `wrote`: the generations of the files that the thread had read from (0: a socket) and written to
+    last. `ran_ns`: how long the thread had been on a CPU, from a start of its own.
     """
 
     _fields_ = (
@@ -540,6 +540,7 @@ OFFSETS: dict[str, tuple[str, str]] = {
     "OFF_SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "OFF_TASK_FSBASE": ("task_struct", "thread.fsbase"),
     "OFF_TASK_EXEC_START": ("task_struct", "se.exec_start"),
+    "OFF_TASK_SLEEPS": ("task_struct", "nvcsw"),
     "OFF_TASK_RUNTIME": ("task_struct", "se.sum_exec_runtime"),
     "OFF_TCP_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "OFF_TCP_COPIED": ("tcp_sock", "copied_seq"),

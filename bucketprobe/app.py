@@ -235,14 +235,13 @@ class Agent:
                         self._tracker.learn_file(gen, path, flags)
                 case "hasher":
                     log(f"pid {message['tgid']}: digests by {message['detail']}")
-                    self._tracker.learn_hasher(message["tgid"], proven=message["proven"])
+                    self._tracker.learn_hasher(message["tgid"], proven=message["proven"], outside_ns=message["outside_ns"])
                 case "hashed":
                     self._tracker.learn_hashing(message["tgid"], message["bytes"], message["ns"], message["from"], message["until"])
                 case "probing":
                     self._tracker.learn_probing(message["tgid"], on=message["on"], at_ns=message["at"])
                 case "digests":
                     self._hashing = message
-                    self._tracker.inside_ns = message["inside_ns"]
                 case "records":
                     assert self._records is not None
                     self._records.reopen(descriptors[0])

@@ -73,6 +73,7 @@ class Broker:
         self._hashing: Hashing | None = None
         if settings.digest.mode != "off":
             self._hashing = Hashing(settings.digest, settings.user, self._maps, self._probes.uprobes, self._tell)
+            self._hashing.start()
 
     def run(self) -> None:
         """Serves the agent until it is gone."""
@@ -87,8 +88,6 @@ class Broker:
             },
             (self._maps["events"], self._maps["stats"]),
         )
-        if self._hashing:
-            self._hashing.start()
         poll = select.poll()
         poll.register(self._agent, select.POLLIN)
         search_at = sweep_at = settle_at = 0.0

@@ -31,8 +31,8 @@ AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
 SOON_NS, LATE_NS = 10_000_000, 250_000_000
 #: How often a process is looked at that has none on.
 PAUSE_NS = 250_000_000
-#: A hit amid other work costs more than one of many in a row, as what it needs is not in the caches: by so much, at most.
-IN_SITU = 1.5
+#: A hit amid a server's work costs more than one of many in a row, as what it needs is not in the caches: about by so much.
+IN_SITU = 1.75
 #: How often what was measured is told while probes stay on.
 TELL_NS = 1_000_000_000
 
@@ -157,6 +157,8 @@ class Watched:
             "value": [(each, each.value) for each in providers if each.value],
         }
         self._price = {part: IN_SITU * max((prices.call(sites) for _, sites in self._sites[part]), default=0.0) for part in PARTS}
+        #: ns that a timed call takes longer because of its probes, besides what they see of it themselves.
+        self.outside_ns = max(0.0, self._price["time"] - prices.inside)
         self._copy_price = IN_SITU * prices.entry
         self._sums: Sums | None = None
         self._told = Sums()

@@ -13,6 +13,7 @@ import struct
 from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 READ_COST = 4 << 10
 CHUNK = 1 << 20
@@ -24,6 +25,8 @@ _SHT_SYMTAB, _SHT_DYNSYM = 2, 11
 _STT_FUNC = 2
 _SYMBOL = struct.Struct("<IBBHQQ")
 _NAME = re.compile(rb"[^\0]+")
+#: More places than that of the few names that are asked for are there to mislead.
+_MAX_NAMES = 256
 _MAX_SECTIONS = 1024
 _MAX_SEGMENTS = 64
 
@@ -44,6 +47,9 @@ class Bytes:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
 
     def upto(self, address: int, size: int) -> bytes:
         """As much of it as there is; nothing where nothing is mapped."""
@@ -148,7 +154,7 @@ def functions(file: Bytes, tables: list[Section], names: Collection[bytes]) -> d
         for table in tables:
             if table.kind == kind and table.link < len(tables) and len(found) < len(names):
                 strings = tables[table.link]
-                wanted = dict(_name_offsets(file, strings, set(names) - found.keys()))
+                wanted = dict(islice(_name_offsets(file, strings, set(names) - found.keys()), _MAX_NAMES))
                 if wanted:
                     found |= _defined(file, table, wanted)
     return found
@@ -160,10 +166,7 @@ def matching(file: Bytes, tables: list[Section], hint: bytes, pattern: re.Patter
     for table in tables:
         if table.kind == _SHT_SYMTAB and table.link < len(tables):
             strings = tables[table.link]
-            wanted: dict[int, bytes] = {}
-            for at, piece in file.pieces(strings.offset, strings.size, 256):
-                names = _NAME.finditer(piece) if hint in piece else ()
-                wanted |= {at - strings.offset + each.start(): each[0] for each in names if pattern.fullmatch(each[0])}
+            wanted = dict(islice(_matching_offsets(file, strings, hint, pattern), _MAX_NAMES))
             if wanted:
                 found |= _defined(file, table, wanted)
     return found
@@ -190,6 +193,12 @@ def _name_offsets(file: Bytes, strings: Section, names: set[bytes]) -> Iterator[
     for at, piece in file.pieces(strings.offset, strings.size, longest):
         for name in names:
             yield from ((at + place - strings.offset, name) for place in places(piece, name + b"\0"))
+
+
+def _matching_offsets(file: Bytes, strings: Section, hint: bytes, pattern: re.Pattern[bytes]) -> Iterator[tuple[int, bytes]]:
+    for at, piece in file.pieces(strings.offset, strings.size, 256):
+        names = _NAME.finditer(piece) if hint in piece else ()
+        yield from ((at + each.start() - strings.offset, each[0]) for each in names if pattern.fullmatch(each[0]))
 
 
 def _defined(file: Bytes, table: Section, wanted: dict[int, bytes]) -> dict[bytes, Function]:

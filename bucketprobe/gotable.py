@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from bucketprobe import elf
 
@@ -19,6 +21,8 @@ _GO_1_16, _GO_1_18, _GO_1_20 = 0xFFFFFFFA, 0xFFFFFFF0, 0xFFFFFFF1
 _MAGIC = re.compile(rb"[\xfa\xf0\xf1]\xff\xff\xff\0\0\x01\x08")
 _HEADER = 72
 _NAME_BYTES = 128
+#: More are there to mislead.
+_MAX_NAMES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,7 @@ class Table:
         The pattern begins with the zero before the name, and only looks for the one behind it, which is also the next name's.
         """
         found: dict[bytes, Range] = {}
-        wanted: dict[int, bytes] = {}
-        for at, piece in self.file.pieces(self.names, self.functions - self.names, _NAME_BYTES):
-            wanted |= {at + each.start() + 1 - self.names: each[0][1:] for each in pattern.finditer(piece)}
+        wanted = dict(islice(self._names(pattern), _MAX_NAMES))
         width = 8 if self.absolute else 4
         for at, piece in self.file.pieces(self.functions, self.end - self.functions, 16) if wanted else ():
             for name_at, name in wanted.items():
@@ -58,6 +60,10 @@ class Table:
                     if confirmed:
                         found[name] = confirmed
         return found
+
+    def _names(self, pattern: re.Pattern[bytes]) -> Iterator[tuple[int, bytes]]:
+        for at, piece in self.file.pieces(self.names, self.functions - self.names, _NAME_BYTES):
+            yield from ((at + each.start() + 1 - self.names, each[0][1:]) for each in pattern.finditer(piece))
 
     def _confirmed(self, record: int, width: int) -> Range | None:
         """The function whose record is at this offset, if the table says so too."""

@@ -58,7 +58,7 @@ class Hashing(threading.Thread):
         self._finder = Finder()
         self._uprobes: program.Uprobes | None = None
         self._refused = False
-        self._prices: Prices | None = None
+        self._prices = Prices()
         self._proven: dict[tuple[int, int], str] = {}  # what is wrong with a library, by inode; "": nothing
         self._spent = dict.fromkeys(PARTS, 0.0)
         self._windows = 0
@@ -77,6 +77,9 @@ class Hashing(threading.Thread):
         self._asked.put(("end", 0))
 
     def run(self) -> None:
+        # Most targets have the same library as this process: when the first is found, it has been tried.
+        for provider in self._finder.find(os.getpid()):
+            self._is_right(provider)
         while True:
             wait = max(0.0, self._next_at() - time.monotonic())
             with suppress(queue.Empty):
@@ -132,16 +135,22 @@ class Hashing(threading.Thread):
             self._end(tgid, process.watched)
             process.watched = None
         usable = [self._allowed(provider, tgid) for provider in found if self._is_right(provider)]
-        if not usable or not self._ready(usable):
+        if not usable or not self._ready(usable[0]):
             return
-        assert self._prices
+        if not self._prices.measured:
+            self._log("what a probe costs could not be measured here: the most that is known is assumed, and little is probed")
         bpf.map_update(self._sums, struct.pack("=I", tgid), bytes(abi.HashingEntry()))
         process.watched = Watched(tgid, usable, self._prices, self._shares(), _Links(self), self._tell)
         process.watched.found = found
         process.step_ns = 0
-        proven = all(self._proven.get(each.inode) == "" for each in usable if each.value)
         self._tell(
-            {"op": "hasher", "tgid": tgid, "proven": proven, "detail": ", ".join(f"{e.kind} in {e.library} ({e.detail})" for e in usable)}
+            {
+                "op": "hasher",
+                "tgid": tgid,
+                "proven": all(self._proven.get(each.inode) == "" for each in usable if each.value),
+                "outside_ns": process.watched.outside_ns,
+                "detail": ", ".join(f"{each.kind} in {each.library} ({each.detail})" for each in usable),
+            }
         )
 
     def _shares(self) -> dict[Part, float | None]:
@@ -162,34 +171,27 @@ class Hashing(threading.Thread):
 
     # --- what is tried before it is trusted ---
 
-    def _ready(self, providers: Sequence[Provider]) -> bool:
-        """Loads the programs and measures what a hit costs, once."""
+    def _ready(self, provider: Provider) -> bool:
+        """Loads the programs and measures what a hit costs, once. False: there are no uprobes."""
         if self._uprobes is None and not self._refused:
             try:
                 self._uprobes = program.Uprobes(self._codes)
             except OSError as error:
                 self._refused = True
                 self._log(f"the kernel refuses uprobes ({error.strerror}): digests are not seen")
-        if self._uprobes and self._prices is None:
-            self._prices = self._measured(providers)
-            self._tell_costs()
-        return self._uprobes is not None
-
-    def _measured(self, providers: Sequence[Provider]) -> Prices:
-        own = [each for each in self._finder.find(os.getpid()) if each.kind == "openssl"]
-        for provider in (*(each for each in providers if _can_be_loaded(each)), *own):
+        if self._uprobes and not self._prices.measured and _can_be_loaded(provider):
             with suppress(selftest.Failed, OSError):
                 subject = selftest.Subject(provider.path, self._user)
                 try:
-                    return selftest.prices(subject, provider, self._sums, self._attach, _close)
+                    self._prices = selftest.prices(subject, provider, self._sums, self._attach, _close)
                 finally:
                     subject.close()
-        self._log("what a probe costs could not be measured here: the most that is known is assumed, and little is probed")
-        return Prices()
+                self._tell_costs()
+        return self._uprobes is not None
 
     def _is_right(self, provider: Provider) -> bool:
         """Whether a library's digests are read right, as far as it can be tried; its values must prove themselves where it cannot."""
-        if not _can_be_loaded(provider) or not self._ready([provider]):
+        if not _can_be_loaded(provider) or not self._ready(provider):
             return True
         if provider.inode not in self._proven:
             self._proven[provider.inode] = self._tried(provider)
@@ -230,7 +232,7 @@ class Hashing(threading.Thread):
 
     def _tell_costs(self) -> None:
         alive = [process.watched for process in self._processes.values() if process.watched]
-        prices = self._prices or Prices()
+        prices = self._prices
         self._tell(
             {
                 "op": "digests",
@@ -239,7 +241,6 @@ class Hashing(threading.Thread):
                 "attached": {part: sum(each.attached[part] for each in alive) for part in PARTS},
                 "windows": self._windows + sum(each.windows for each in alive),
                 "prices_ns": {"entry": prices.entry, "update": prices.pair, "final": prices.final},
-                "inside_ns": prices.inside,
             }
         )
 

@@ -87,12 +87,13 @@ class Digests:
     """The digests of one process that no request has yet, and how it hashes.
 
     `proven`: whether its values are known to be read right: a self-test said so, or one was what a request had declared.
-    `unattributed`: how many were no request's.
+    `outside_ns`: by how much a timed call takes longer than its probes see. `unattributed`: how many were no request's.
     """
 
     def __init__(self) -> None:
         self.time = HashTime()
         self.proven = False
+        self.outside_ns = 0.0
         self.unattributed = 0
         self._unclaimed: deque[Seen] = deque()
         self._last: dict[int, Seen] = {}  # by thread

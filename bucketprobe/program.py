@@ -55,6 +55,7 @@ UPROBES = (
     "hacl_final",
     "block_begin",
     "go_begin",
+    "go_begin_stack",
     "go_end",
     "go_check",
     "go_sum",

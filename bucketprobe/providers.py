@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ PROC = "/proc"
 
 _MAPS_BYTES = 4 << 20
 #: What may be read of one file, in bytes: the symbols or the code of the largest programs that there are.
-_BUDGET = 256 << 20
+_BUDGET = 128 << 20
 _MAX_FILES = 1024
 _CACHED = 4096
 _ENTRY_BYTES = 64
@@ -76,13 +77,20 @@ class _Found:
     detail: str
 
 
+#: Device, inode, time of the last change in ns, and size.
+_Key = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Mapped:
     """A regular file that the process may execute; the key changes when the file does."""
 
     path: str
     library: str
-    key: tuple[int, int, int, int]
+    key: _Key
+
+
+_Search = Callable[["_Code"], tuple[_Found, ...]]
 
 
 def providers(tgid: int, *, proc: str = PROC) -> list[Provider]:
@@ -95,7 +103,7 @@ class Finder:
 
     def __init__(self, *, proc: str = PROC) -> None:
         self._proc = proc
-        self._known: dict[tuple[Callable[[_Code], tuple[_Found, ...]], tuple[int, int, int, int]], tuple[_Found, ...]] = {}
+        self._known: dict[tuple[_Search, _Key], tuple[_Found, ...]] = {}
 
     def find(self, tgid: int) -> list[Provider]:
         """What this process computes SHA-256 with, the executable's own first. Raises nothing."""
@@ -103,17 +111,19 @@ class Finder:
         found = self._in(files, _named)
         return found if any(each.time for each in found) else found + self._in(files, _unnamed)
 
-    def _in(self, files: list[_Mapped], search: Callable[[_Code], tuple[_Found, ...]]) -> list[Provider]:
+    def _in(self, files: list[_Mapped], search: _Search) -> list[Provider]:
         return [
             Provider(each.kind, file.path, file.library, file.key[:2], each.value, each.time, each.detail)
             for file in files
             for each in self._found(file, search)
         ]
 
-    def _found(self, file: _Mapped, search: Callable[[_Code], tuple[_Found, ...]]) -> tuple[_Found, ...]:
+    def _found(self, file: _Mapped, search: _Search) -> tuple[_Found, ...]:
         key = (search, file.key)
         if key not in self._known:
-            found = _examine(file.path, search)
+            found = _examine(file, search)
+            if found is None:
+                return ()
             if len(self._known) >= _CACHED:
                 del self._known[next(iter(self._known))]
             self._known[key] = found
@@ -148,20 +158,29 @@ def _mapped(directory: str) -> Iterator[_Mapped]:
     yield from sorted(found, key=lambda each: each.key != own)
 
 
-def _key(path: str) -> tuple[int, int, int, int] | None:
+def _key(path: str) -> _Key | None:
     """Of a regular file: reading from a device that is mapped could change something."""
     try:
         info = os.stat(path)
     except OSError:
         return None
-    return (info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size) if stat.S_ISREG(info.st_mode) else None
+    return _identity(info) if stat.S_ISREG(info.st_mode) else None
 
 
-def _examine(path: str, search: Callable[[_Code], tuple[_Found, ...]]) -> tuple[_Found, ...]:
+def _identity(info: os.stat_result) -> _Key:
+    return info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size
+
+
+def _examine(file: _Mapped, search: _Search) -> tuple[_Found, ...] | None:
+    """None where it has become another file, whose sites must not be remembered as this one's."""
     try:
-        with elf.Bytes(path, _BUDGET) as file:
-            return search(_Code(file))
-    except (OSError, elf.Unreadable):
+        with elf.Bytes(file.path, _BUDGET) as raw:
+            if _identity(os.fstat(raw.fileno())) != file.key:
+                return None
+            return search(_Code(raw))
+    except OSError:
+        return None
+    except elf.Unreadable:
         return ()
 
 
@@ -222,15 +241,15 @@ def _lack(value: tuple[Site, ...], time: tuple[Site, ...]) -> str:
 # --- OpenSSL, in a library or linked into a program ---
 
 _UPDATE, _FINAL, _COPY = b"EVP_DigestUpdate", b"EVP_DigestFinal_ex", b"EVP_MD_CTX_copy_ex"
-#: Each returns a constant; only OpenSSL 3 and later have them.
-_VERSION = (b"OPENSSL_version_major", b"OPENSSL_version_minor", b"OPENSSL_version_patch")
+#: Returns a constant, such as 0x300000f0 for 3.0.15.
+_VERSION = b"OpenSSL_version_num"
 #: Names that only a relative of OpenSSL has, whose contexts are arranged in another way.
 _RELATIVES = {b"awslc_version_string": "AWS-LC", b"BORINGSSL_self_test": "BoringSSL"}
-_RETURN_CONSTANT = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?(?:\xb8(.{4})|\x31\xc0)\xc3", re.DOTALL)  # endbr64; mov eax or xor eax, eax; ret
+_RETURN_CONSTANT = re.compile(rb"(?:\xf3\x0f\x1e\xfa)?\xb8(.{4})\xc3", re.DOTALL)  # endbr64; mov n, eax; ret
 
 
 def _openssl(code: _Code) -> _Found | None:
-    names = elf.functions(code.file, code.sections, (_UPDATE, _FINAL, _COPY, *_VERSION, *_RELATIVES))
+    names = elf.functions(code.file, code.sections, (_UPDATE, _FINAL, _COPY, _VERSION, *_RELATIVES))
     update, final = names.get(_UPDATE), names.get(_FINAL)
     if not update:
         return None
@@ -247,21 +266,18 @@ def _openssl(code: _Code) -> _Found | None:
 
 
 def _openssl_version(code: _Code, names: dict[bytes, elf.Function]) -> tuple[str, bool]:
-    """For people, and whether it is OpenSSL 3."""
+    """For people, and whether it is OpenSSL 3. BoringSSL and LibreSSL call themselves 1.1.1 and 2.0.0 here."""
     relative = next((each for name, each in _RELATIVES.items() if name in names), None)
     if relative:
         return relative, False
-    numbers = [_constant(code, names.get(name)) for name in _VERSION]
-    if numbers[0] is None:
-        return "OpenSSL before 3, or a relative of it", False
-    text = ".".join(str(each) for each in numbers if each is not None)
-    return f"OpenSSL {text}", numbers[0] == 3
-
-
-def _constant(code: _Code, function: elf.Function | None) -> int | None:
-    """What the function returns, if it does nothing else."""
+    function = names.get(_VERSION)
     found = _RETURN_CONSTANT.match(code.bytes(function.address, 16)) if function else None
-    return int.from_bytes(found[1] or b"", "little") if found else None
+    if not found:
+        return "OpenSSL of an unknown version", False
+    number = int.from_bytes(found[1], "little")
+    # From 3 on the patch level has 8 bits where there was a letter before.
+    major, minor, patch = number >> 28, number >> 20 & 0xFF, number >> (4 if number >> 28 > 2 else 12) & 0xFF
+    return f"OpenSSL {major}.{minor}.{patch}", major == 3
 
 
 # --- HACL*, which CPython has in itself since 3.12 for builds without OpenSSL ---
@@ -447,7 +463,7 @@ _ROUNDS = b"\x0f\x38\xcb"
 _FEWEST, _MOST = 16, 48
 _CIPHER = re.compile(rb"\x0f\x38[\xdc-\xdf]")
 _NEAR = 400
-_MAX_UNWIND = 32 << 20
+_MAX_UNWIND = 16 << 20
 _MAX_CLUSTERS = 64
 
 
@@ -464,20 +480,31 @@ def _unnamed(code: _Code) -> tuple[_Found, ...]:
 
 
 def _clusters(code: _Code) -> list[int]:
-    """The address of the first of each group of instructions that may be one function's."""
+    """The address of the first of each group of instructions that may be one function's, in order."""
     found: list[int] = []
     for segment in code.segments:
-        places: set[int] = set()
-        for at, piece in code.file.pieces(segment.offset, segment.size, 4):
-            start = at - segment.offset + segment.address
-            places |= {start + place for place in elf.places(piece, _ROUNDS) if piece[place + 3 : place + 4] >= b"\xc0"}
-        group: list[int] = []
-        for place in [*sorted(places), 1 << 64]:
-            if group and place - group[-1] >= _NEAR:
-                found += group[:1] if len(group) >= _FEWEST else []
-                group = []
-            group.append(place)
-    return found[:_MAX_CLUSTERS]
+        first = last = -_NEAR
+        count = 0
+        for place in _rounds(code, segment):
+            if place - last >= _NEAR:
+                first, count = place, 0
+            last = place
+            count += 1
+            if count == _FEWEST:
+                found.append(first)
+    return sorted(found)[:_MAX_CLUSTERS]
+
+
+def _rounds(code: _Code, segment: elf.Segment) -> Iterator[int]:
+    """The address of each such instruction, ascending."""
+    last = -1
+    for at, piece in code.file.pieces(segment.offset, segment.size, len(_ROUNDS)):
+        start = at - segment.offset + segment.address
+        for place in elf.places(piece, _ROUNDS):
+            # Pieces overlap.
+            if start + place > last and piece[place + 3 : place + 4] >= b"\xc0":
+                last = start + place
+                yield last
 
 
 def _unwound(code: _Code, addresses: list[int]) -> list[elf.Function]:
@@ -493,11 +520,13 @@ def _unwound(code: _Code, addresses: list[int]) -> list[elf.Function]:
     at = 0
     while at + 16 <= len(raw):
         length, common, begin, size = struct.unpack_from("<IIiI", raw, at)
-        if length == 0xFFFFFFFF:
+        if not 12 <= length < len(raw):
             break
-        start = section.address + at + 8 + begin
-        if length and common and any(start <= address < start + size for address in addresses):
-            found[start] = max(size, found.get(start, 0))
+        if common:
+            start = section.address + at + 8 + begin
+            index = bisect_left(addresses, start)
+            if index < len(addresses) and addresses[index] < start + size:
+                found[start] = size
         at += 4 + length
     return [elf.Function(start, size) for start, size in found.items()]
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from bucketprobe import abi, bpf, privileges
 from bucketprobe.digests import Prices
@@ -26,8 +27,8 @@ from bucketprobe.providers import Provider, Site
 
 #: By the names that the library knows them by.
 ALGORITHMS = {"MD5": "md5", "SHA1": "sha1", "SHA256": "sha256", "SHA384": "sha384", "SHA512": "sha512"}
-#: Calls of one round, and rounds with the probes on and off by turns; the fastest counts, as it was disturbed least.
-CALLS, ROUNDS = 500, 5
+#: Calls of one round, and rounds before the probes are put on, while they are on, and after.
+CALLS, ROUNDS = 300, 5
 #: Bytes that are moved between two calls.
 DISTURBANCE = 1 << 17
 #: How long the process may run, CPU time in s.
@@ -117,23 +118,22 @@ def prices(subject: Subject, provider: Provider, sums: int, attach: Attach, deta
     pair = tuple(site for site in provider.time if site.program != "digest_copied")
     entry = tuple(site for site in provider.time if site.program == "digest_copied")
 
-    def price(what: str, sites: Sequence[Site], calls: int) -> float:
-        on, off = [], []
-        for _ in range(ROUNDS):
-            off.append(subject.does(what, calls))
-            attached = attach(provider, sites, subject.tgid)
-            try:
-                on.append(subject.does(what, calls))
-            finally:
-                detach(attached)
-        return max(0.0, (min(on) - min(off)) / calls)
+    def price(what: str, sites: Sequence[Site]) -> float:
+        off = [subject.does(what, CALLS) for _ in range(ROUNDS)]
+        attached = attach(provider, sites, subject.tgid)
+        try:
+            on = [subject.does(what, CALLS) for _ in range(ROUNDS)]
+        finally:
+            detach(attached)
+        off += [subject.does(what, CALLS) for _ in range(ROUNDS)]
+        return max(0.0, (median(on) - median(off)) / CALLS)
 
     try:
-        paired = price("update", pair, CALLS)
+        paired = price("update", pair)
         found = bpf.map_lookup(sums, key, ctypes.sizeof(abi.HashingEntry))
         inside = abi.HashingEntry.from_buffer_copy(found or bytes(512))
-        final = price("digests", provider.value, CALLS)
-        single = price("copy", entry, CALLS)
+        final = price("digests", provider.value)
+        single = price("copy", entry)
     finally:
         bpf.map_delete(sums, key)
     return Prices(single, paired, final, max(Prices().step, paired), inside.ns / max(1, inside.calls), measured=True)

@@ -119,8 +119,6 @@ class Tracker:
         self._parameters = http1.PARAMETERS | _named(declared, "query")
         self._response_headers = http1.RESPONSE_HEADERS | _named(declared, "response")
         self._asks_response = any(place.startswith("response:") for place in declared)
-        #: ns of a timed call that are the probes' own.
-        self.inside_ns = 0.0
         self._wall_ns = wall_ns
         self._path_of = path_of
         self._cwd_of = cwd_of
@@ -212,9 +210,11 @@ class Tracker:
         """A target has an io_uring ring: file work may go through it unseen."""
         self._process(tgid).uring = True
 
-    def learn_hasher(self, tgid: int, *, proven: bool) -> None:
-        """What hashes in a target was found; `proven`: its values are known to be read right."""
-        self._process(tgid).digests.proven = proven
+    def learn_hasher(self, tgid: int, *, proven: bool, outside_ns: float) -> None:
+        """What hashes in a target was found. `proven`: its values are known to be read right; `outside_ns`: by how much a call takes
+        longer for being timed than its probes see."""
+        digests = self._process(tgid).digests
+        digests.proven, digests.outside_ns = proven, outside_ns
 
     def learn_hashing(self, tgid: int, nbytes: int, ns: int, from_ns: int, until_ns: int) -> None:
         """A target's calls of its hash function took so long, between these two stamps."""
@@ -605,9 +605,10 @@ class Tracker:
             return
         process = self._process(event.tgid)
         files = tuple(file for gen in {event.wrote, event.read} - {0} if (file := self._files.get(gen)))
+        outside_ns = process.digests.outside_ns
         # Go pads what it hashes itself, so that all calls are of whole blocks.
         whole = event.timed_bytes in (event.bytes, ((event.bytes + 8) // 64 + 1) * 64)
-        timed = Timed(event.ns - event.calls * self.inside_ns, event.bytes, event.calls) if event.calls and whole else None
+        timed = Timed(event.ns + event.calls * outside_ns, event.bytes, event.calls) if event.calls and whole else None
         value = f"{name}:{event.data[: event.n].hex()}"
         seen = integrity.Seen(value, event.bytes, event.ts, event.tid, event.key, event.ran_ns, files, timed)
         if process.digests.repeats(seen):

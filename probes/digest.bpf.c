@@ -43,14 +43,19 @@ INLINE int begin(__u64 state, __u64 bytes)
 		return 0;
 	t->hash_ctx = state;
 	t->hash_bytes = bytes;
-	t->hash_ns = on_cpu();
+	t->hash_delay = run_delay();
+	t->hash_sleeps = kernel_word(current_task() + OFF_TASK_SLEEPS);
+	t->hash_ns = ktime_ns();
 	return 0;
 }
 
-/* ... and ends. */
+/*
+ * ... and ends. It was on a CPU whenever it did not wait for one, unless it slept: hashing has no reason to, but while probes are put
+ * on and taken off a probed thread may wait for the lock on its memory. That such a call is missing shows in the bytes.
+ */
 INLINE int end(struct thread *t)
 {
-	__u64 now = on_cpu();
+	__u64 now = ktime_ns();
 	struct bp_hashing_entry *sums = hashing();
 	struct hash_key key = { pid_tgid() >> 32 };
 	struct hash *h, fresh = {};
@@ -58,8 +63,10 @@ INLINE int end(struct thread *t)
 
 	if (!t->hash_ns || !sums)
 		return 0;
-	ns = now - t->hash_ns;
+	ns = now - t->hash_ns - (run_delay() - t->hash_delay);
 	t->hash_ns = 0;
+	if ((__s64)ns < 0 || t->hash_sleeps != kernel_word(current_task() + OFF_TASK_SLEEPS))
+		return 0;
 	__sync_fetch_and_add(&sums->calls, 1);
 	__sync_fetch_and_add(&sums->bytes, t->hash_bytes);
 	__sync_fetch_and_add(&sums->ns, ns);
@@ -246,6 +253,12 @@ int digest_finished(struct pt_regs *ctx)
 int go_begin(struct pt_regs *ctx)
 {
 	return begin(ctx->r14, ctx->cx);
+}
+
+/* The same where the function takes its arguments on the stack (before Go 1.24): the digest, the data and its length. */
+int go_begin_stack(struct pt_regs *ctx)
+{
+	return begin(ctx->r14, user_word(ctx->sp + 16));
 }
 
 int go_end(struct pt_regs *ctx)

@@ -32,15 +32,18 @@ INLINE struct thread *entered(__u32 call, __u64 nr, struct registers *regs)
  */
 INLINE void gap_enter(struct thread *t, __u32 call)
 {
-	__u64 now = on_cpu();
+	__u64 now = on_cpu(), ns = now - t->gap_from;
 
 	if (call != H_RECEIVE && call != H_SEND) {
 		t->gap_pause = now;
 		return;
 	}
-	t->gap_ns += now - t->gap_from;
-	t->gaps++;
 	t->gap_from = 0;
+	if (t->gap_cpu != cpu_id() || (__s64)ns < 0)
+		return;
+	t->gap_ns += ns;
+	t->gap_bytes += t->gap_piece;
+	t->gaps++;
 }
 
 /* What its thread read or wrote last tells of what a digest is. Short reads of files are metadata's: a row, a page. */
@@ -57,7 +60,8 @@ INLINE void transferred(struct thread *t, long bytes)
 		return;
 	t->read = t->kind == FD_FILE ? t->object : 0;
 	if (alone(t)) {
-		t->gap_bytes += bytes;
+		t->gap_piece = bytes;
+		t->gap_cpu = cpu_id();
 		t->gap_from = on_cpu();
 	}
 }

@@ -129,12 +129,14 @@ struct thread {
 	__u32 kind;    /* of the call's descriptor */
 	__u64 object;  /* behind it */
 	__u64 read, wrote; /* the files that bytes were last read from (0: a socket) and written to */
-	__u64 gap_from, gap_pause; /* on-CPU time since the last read of a body, and when a call that is none of a gap's began */
-	__u64 gap_ns, gap_bytes;
-	__u64 hash_ns, hash_ctx, hash_bytes; /* the call of a hash function under way: it began, on that state, with so many bytes */
+	__u64 gap_from, gap_pause; /* when a piece of a body was read, and when a call that is none of a gap's began, by on_cpu() */
+	__u64 gap_ns, gap_bytes, gap_piece; /* of all gaps, and how many bytes the last piece had */
+	__u64 hash_ns, hash_delay, hash_sleeps; /* the call of a hash function under way: when it began; runqueue wait and sleeps by then, */
+	__u64 hash_ctx, hash_bytes; /* on which state, and with so many bytes */
 	__u64 final_to, final_ctx, final_bytes; /* the digest under way: where its value is put, from which state, of how many bytes */
 	__u32 final_algorithm;
-	__u32 gaps;
+	__u32 gaps, gap_cpu;
+	__u32 unused;
 };
 
 /* fds: key = tgid << 32 | fd, value = struct bp_fd_entry; from open, accept, dup or first use until close. */
@@ -338,14 +340,22 @@ INLINE struct thread *thread_made(void)
 }
 
 /*
- * How long the current thread has run, ns, from a start of its own: the difference of two is the time on a CPU between them. The
- * scheduler's sum is of when exec_start was set, so that the time since then is to be added.
+ * A clock that runs while the current thread does, of one CPU: the difference of two readings on the same CPU is the time that the
+ * thread was on any. The scheduler's sum is of when exec_start was set, by a clock that every CPU has for itself; the time since
+ * then is to be added. Where it set both while they were read, they are read once more.
  */
 INLINE __u64 on_cpu(void)
 {
-	__u64 task = current_task();
+	__u64 task = current_task(), start = kernel_word(task + OFF_TASK_EXEC_START);
+	__u64 now = ktime_ns(), ran = kernel_word(task + OFF_TASK_RUNTIME);
+	__u64 again = kernel_word(task + OFF_TASK_EXEC_START);
 
-	return ktime_ns() + kernel_word(task + OFF_TASK_RUNTIME) - kernel_word(task + OFF_TASK_EXEC_START);
+	if (again != start) {
+		start = again;
+		now = ktime_ns();
+		ran = kernel_word(task + OFF_TASK_RUNTIME);
+	}
+	return now + ran - start;
 }
 
 INLINE __u64 user_word(__u64 address)

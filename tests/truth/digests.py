@@ -49,10 +49,15 @@ from bucketprobe.errors import BucketprobeError, UsageError
 REPORTS = matrix.REPORTS / "digests"
 MISMATCHES = "bucket_integrity_digest_mismatch_count_total"
 VERIFIED = "bucket_integrity_post_storage_verify_count_total"
+ATTACHED = "bucketprobe_digest_attached"
+#: How long after its start the agent may attach, and when nothing more is to come, in seconds.
+ATTACHED_S, STEADY_S = 10, 1
 #: How long the metrics may follow the records, in seconds.
 METRICS_S = 5
 KIB = 1024
 CHUNKS = {"16K": 16 * KIB, "64K": 64 * KIB, "256K": 256 * KIB, "1M": 1024 * KIB}
+#: Uploads of each connection before the agent starts.
+UNOBSERVED = 100
 #: Uploads have at least so many pieces.
 PIECES = 4
 LEAST_BYTES = 1 << 20
@@ -185,8 +190,10 @@ def observe(run: Run, folder: Path, cache: Path, options: Options) -> Seen:
     try:
         with (
             servers.started(run.name, folder, server=run.case.server(run.chunk, *switches), workers=run.case.workers) as server,
+            warmed_up(server, run, folder),
             matrix.agent(server, folder, cache, records, ["--digest", options.mode]) as metrics,
         ):
+            await_probes(metrics)
             if run.part in ("time", "manners"):
                 matrix.put_load(server, closed_loop(run, options), log)
             else:
@@ -194,9 +201,36 @@ def observe(run: Run, folder: Path, cache: Path, options: Options) -> Seen:
             client = servers.read_lines(log)
             matrix.await_records(records, len(client))
             scrape = settled(metrics, len(client))
-        return Seen(servers.read_lines(records), server.truth(), client, scrape)
+        asked = {line["request_id"] for line in client}
+        return Seen(servers.read_lines(records), [line for line in server.truth() if line["request_id"] in asked], client, scrape)
     except (servers.CannotStart, matrix.RunFailed, BucketprobeError) as error:
         raise RunFailed(f"{error}") from error
+
+
+@contextmanager
+def warmed_up(server: servers.Running, run: Run, folder: Path) -> Iterator[None]:
+    """After uploads that nobody observes: by the first ones of each process the server tells later what the observer's probes cost it."""
+    load = {**closed_loop(run, Options()), "seed": 2, "requests": UNOBSERVED * run.case.connections}
+    del load["seconds"]
+    matrix.put_load(server, load, folder / "warm-up.jsonl")
+    yield
+
+
+def await_probes(metrics: str) -> None:
+    """Until the probes on digests are attached, and to no more processes since a while; or for a time, since the mode may want none."""
+    deadline = time.monotonic() + ATTACHED_S
+    seen: Mapping[tuple[str, ...], float] = {}
+    since = time.monotonic()
+    while time.monotonic() < min(deadline, since + STEADY_S) or (not any(seen.values()) and time.monotonic() < deadline):
+        now = scraped(metrics).by("part", name=ATTACHED)
+        if now != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.1)
+
+
+def scraped(metrics: str) -> Scrape:
+    with urllib.request.urlopen(metrics, timeout=METRICS_S) as answer:
+        return Scrape(answer.read().decode())
 
 
 def closed_loop(run: Run, options: Options) -> dict[str, Any]:
@@ -209,8 +243,7 @@ def settled(metrics: str, count: int) -> Scrape:
     """The metrics, as soon as so many requests are in them, or after a time."""
     deadline = time.monotonic() + METRICS_S
     while True:
-        with urllib.request.urlopen(metrics, timeout=METRICS_S) as answer:
-            scrape = Scrape(answer.read().decode())
+        scrape = scraped(metrics)
         counted = sum(scrape.total(f"bucket_artifact_{name}_count_total") for name in ("write", "read"))
         if counted >= count or time.monotonic() > deadline:
             return scrape

@@ -23,8 +23,11 @@ A line of the truth has two steps for the SHA-256 of artifacts, be it of the bod
 clock, and `digest_cpu` by the CPU time of the thread (CLOCK_THREAD_CPUTIME_ID), with which an observer of on-CPU time has to agree. Both
 are taken in C around libcrypto's function alone, on the state within hashlib's own object: clocks that Python reads would hold the way
 back to its interpreter lock, too, which where threads contend for it doubled the CPU time of 16 KiB. The time of an update with no bytes,
-measured at the start, is taken away. The clocks and ctypes cost the server some 2 us for each update, between reading a piece and
-writing it; an update by hashlib itself costs 0.2 us there. `digest_other` is the wall time of all other hashing.
+measured at the start, is taken away. So is what an observer's probes at that function cost, which would be in every measure, too: before
+the third piece of each body a block of 64 bytes goes to another hash, and what this takes longer than for the first OWN bodies of the
+process is the probes' (the median of the last few); the first hit of each body costs more, but there are many others. So these bodies must come before anybody observes. The clocks and ctypes cost the
+server some 2 us for each update, between reading a piece and writing it; an update by hashlib itself costs 0.2 us there.
+`digest_other` is the wall time of all other hashing.
 Fields: `computed`, the digest of an upload as this server found it; `verified`, `match` or `mismatch` for each digest of what was
 read back; neither is there where there was none.
 """
@@ -37,6 +40,7 @@ import hashlib
 import os
 import statistics
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +55,11 @@ from bucketprobe.errors import BucketprobeError, UsageError
 
 #: Of libcrypto's state in hashlib's objects: a pointer behind the head of every object.
 CONTEXT_OFFSET = object.__basicsize__
+BLOCK = bytes(64)
 TRIES = 2000
+LOOK_AT_PIECE = 3
+OWN = 50
+RECENT = 31
 MANNERS = ("inline", "pool", "whole", "read-back", "more")
 
 
@@ -63,6 +71,10 @@ class Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
+def medians(times: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(round(statistics.median(some)) for some in zip(*times, strict=True))
+
+
 class Watch:
     """timed_update.c, for the hashes of hashlib. Raises UsageError where these are not as CPython's are with OpenSSL 3."""
 
@@ -70,13 +82,27 @@ class Watch:
         self._timed = ctypes.CDLL(str(library)).timed_update
         self._timed.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         self._update = ctypes.cast(ctypes.CDLL("libcrypto.so.3").EVP_DigestUpdate, ctypes.c_void_p)
-        self._empty = (0, 0)
         self._check()
-        taken = [self.update(hashlib.sha256(), b"") for _ in range(TRIES)]
-        self._empty = tuple(round(statistics.median(times)) for times in zip(*taken, strict=True))
+        self._cost = self._empty = medians([self._take(hashlib.sha256(), b"") for _ in range(TRIES)])
+        self._own: list[tuple[int, ...]] = []
+        self._recent: deque[tuple[int, ...]] = deque(maxlen=RECENT)
 
     def update(self, hashed: Hash, data: Buffer) -> tuple[int, int]:
-        """Wall time and CPU time that it took, in ns."""
+        """Wall time and CPU time that it took, in ns, without the cost of clocks and probes."""
+        taken = self._take(hashed, data)
+        return max(0, taken[0] - self._cost[0]), max(0, taken[1] - self._cost[1])
+
+    def look_for_probes(self) -> None:
+        """To be called now and then, where the next call is an update."""
+        taken = self._take(hashlib.sha256(), BLOCK)
+        if len(self._own) < OWN:
+            self._own.append(taken)
+            return
+        self._recent.append(taken)
+        own, recent = medians(self._own), medians(list(self._recent))
+        self._cost = tuple(empty + now - then for empty, now, then in zip(self._empty, recent, own, strict=True))
+
+    def _take(self, hashed: Hash, data: Buffer) -> tuple[int, ...]:
         # A piece that cannot be written to is a whole object of bytes, of which ctypes takes the address itself.
         whole = data.obj if isinstance(data, memoryview) and data.readonly else data
         address = whole if isinstance(whole, bytes) else ctypes.addressof(ctypes.c_char.from_buffer(whole))
@@ -84,11 +110,11 @@ class Watch:
         context = ctypes.c_void_p.from_address(id(hashed) + CONTEXT_OFFSET)
         if self._timed(self._update, context, address, len(data), taken) != 1:
             raise RuntimeError("EVP_DigestUpdate failed")
-        return max(0, taken[0] - self._empty[0]), max(0, taken[1] - self._empty[1])
+        return tuple(taken)
 
     def _check(self) -> None:
         hashed, text = hashlib.sha256(), b"known bytes"
-        self.update(hashed, text)
+        self._take(hashed, text)
         if hashed.hexdigest() != hashlib.sha256(text).hexdigest():
             raise UsageError("hashlib does not keep its state as expected; run this with CPython 3.11 and OpenSSL 3")
 
@@ -96,16 +122,20 @@ class Watch:
 class DigestTrace(Trace):
     """And what the client asked to go wrong. `pretended`: the digest that a hiding server says it computed."""
 
-    __slots__ = ("_watch", "corrupts", "pretended")
+    __slots__ = ("_pieces", "_watch", "corrupts", "pretended")
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self._watch = watch
+        self._pieces = 0
         self.corrupts = False
         self.pretended: str | None = None
 
     def hashing(self, hashed: Hash, part: Buffer) -> None:
         """Give some bytes of an artifact to its hash."""
+        self._pieces += 1
+        if self._pieces == LOOK_AT_PIECE:
+            self._watch.look_for_probes()
         wall_ns, cpu_ns = self._watch.update(hashed, part)
         self.add("digest", wall_ns, len(part))
         self.add("digest_cpu", cpu_ns, len(part))
