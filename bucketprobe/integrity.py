@@ -37,6 +37,8 @@ _IN_PATH = re.compile(r"(?:(sha256|sha512|sha1|md5)[:/_-])?([0-9a-f]{32,128})(?!
 MAX_UNCLAIMED, INTERVALS = 256, 64
 #: A process hashes as it did if that many of the last requests agree.
 HABIT, HABIT_REQUESTS = 5, 20
+#: The last socket is believed after it was right so often, and never wrong.
+TRUST_AFTER = 20
 #: No processor hashes a byte in less, ns: what is finished again sooner was not hashed again.
 FASTEST = 0.2
 
@@ -72,6 +74,7 @@ class Seen:
     at_ns: int
     tid: int = 0
     key: int = 0
+    rid: int = 0  # whose socket its thread had used last
     ran_ns: int = 0
     files: tuple[Owned, ...] = ()
     timed: Timed | None = None
@@ -97,6 +100,7 @@ class Digests:
         self.unattributed = 0
         self._unclaimed: deque[Seen] = deque()
         self._last: dict[int, Seen] = {}  # by thread
+        self._by_socket = [0, 0]  # how often the socket that its thread had used last was its request's, and was not
         self._habits: dict[str, deque[float]] = {}
         self._seen: deque[list[int]] = deque(maxlen=INTERVALS)  # from when until when values were seen; 0: still
 
@@ -136,6 +140,7 @@ class Digests:
             if owner.begun_ns <= seen.at_ns <= owner.ended_ns:
                 seen.evidence = _evidence(seen, owner, key_name)
                 if seen.evidence:
+                    self._by_socket[seen.rid != owner.rid] += 1
                     self._take(seen, owner)
         if not last or not self._unclaimed:
             return
@@ -143,7 +148,13 @@ class Digests:
         for seen in list(self._unclaimed):
             if _fits(seen, owner) and _lacks(seen, owner, read_back) and not any(seen.value == other.declared for other in among):
                 rivals = [other for other in among if not _has_body(other) and _fits(seen, other)]
-                seen.evidence = "order" if rivals else "bytes"
+                agreed, disagreed = self._by_socket
+                if rivals and agreed >= TRUST_AFTER and not disagreed:
+                    if seen.rid != owner.rid:
+                        continue
+                    seen.evidence = "last_socket"
+                else:
+                    seen.evidence = "order" if rivals else "bytes"
                 self._take(seen, owner)
 
     def _take(self, seen: Seen, owner: Owner) -> None:
@@ -192,7 +203,8 @@ def _evidence(seen: Seen, owner: Owner, key_name: str) -> str:
     fits = _fits(seen, owner) or not owner.writes
     if seen.key and seen.key in keys and (fits or key_name == "goroutine"):
         return key_name
-    if fits and any(file.owner == owner.rid for file in seen.files):
+    # What a thread wrote last is any goroutine's.
+    if fits and key_name != "goroutine" and any(file.owner == owner.rid for file in seen.files):
         return "descriptor"
     return "value" if fits and seen.value == owner.declared else ""
 
@@ -324,7 +336,8 @@ def report(
         ns=estimate.ns if estimate else None,
         bytes=hashed or None,
         declared=owner.declared,
-        computed=judged.computed.value if judged.computed else None,
+        # Which of several it is that were there at once, order does not tell; that none has the declared one, it does.
+        computed=judged.computed.value if judged.computed and judged.computed.evidence != "order" else None,
         evidence=judged.computed.evidence if judged.computed else None,
         result=judged.result,
         mismatch=mismatch,

@@ -94,7 +94,10 @@ _Search = Callable[["_Code"], tuple[_Found, ...]]
 
 
 def providers(tgid: int, *, proc: str = PROC) -> list[Provider]:
-    """What this process computes SHA-256 with. Raises nothing: a process that is gone or may not be read has none."""
+    """What this process computes SHA-256 with. Raises nothing: a process that is gone or may not be read has none.
+
+    Needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE, without which /proc/PID/map_files leads nowhere.
+    """
     return Finder(proc=proc).find(tgid)
 
 
@@ -220,7 +223,8 @@ class _Code:
             instruction = x86.decode(code, instruction.end)
         if instruction and instruction.emulated:
             return Site(program, offset + instruction.at, returns, True)
-        return Site(program, offset, returns, False) if first else None
+        ordinary = first and first.kind in (Kind.OTHER, Kind.PUSH) and not first.relative
+        return Site(program, offset, returns, False) if ordinary else None
 
 
 def _all(*wanted: Site | None) -> tuple[Site, ...]:
@@ -322,7 +326,7 @@ class _GoFunctions:
         self.code = code
         self.address = {name.rsplit(b".", 1)[1]: base + each.start for name, each in ranges.items()}
         self.blocks = {address for name, address in self.address.items() if name.startswith(b"block")}
-        self._size = {name.rsplit(b".", 1)[1]: min(each.end - each.start, _MAX_FUNCTION) for name, each in ranges.items()}
+        self._size = {name.rsplit(b".", 1)[1]: min(max(each.end - each.start, 0), _MAX_FUNCTION) for name, each in ranges.items()}
 
     def instructions(self, name: bytes) -> tuple[bytes, list[x86.Instruction]]:
         """The function's bytes and what they mean; nothing where one of them is not known."""
@@ -468,7 +472,7 @@ _MAX_CLUSTERS = 64
 
 
 def _unnamed(code: _Code) -> tuple[_Found, ...]:
-    # A file without sections might be Go's after all, and not only is there no table of functions then.
+    # A return probe would break a Go program, and a file without sections cannot be told from one.
     if not code.sections or any(each.name == b".go.buildinfo" for each in code.sections):
         return ()
     clusters = _clusters(code)
@@ -537,10 +541,15 @@ def _block_sites(code: _Code, function: elf.Function) -> tuple[Site, ...]:
     offset, first = code.offset(function.address), raw.find(_ROUNDS)
     if offset is None or not _FEWEST <= raw.count(_ROUNDS) <= _MOST or _CIPHER.search(raw):
         return ()
-    instruction = x86.decode(raw, 0)
-    while instruction and not instruction.emulated and instruction.kind is Kind.OTHER and not instruction.writes & _C_ENTRY:
-        instruction = x86.decode(raw, instruction.end)
-    if not instruction or not instruction.emulated or instruction.end > first or instruction.kind is Kind.CALL:
+    before: list[x86.Instruction] = []
+    while not before or before[-1].end < first:
+        instruction = x86.decode(raw, before[-1].end if before else 0)
+        # What calls others is more than the function that hashes blocks.
+        if not instruction or instruction.kind is Kind.CALL:
+            return ()
+        before.append(instruction)
+    site = next((each for each in before if each.emulated or each.kind is not Kind.OTHER or each.writes & _C_ENTRY), None)
+    if not site or not site.emulated:
         return ()
-    place = offset + instruction.at
+    place = offset + site.at
     return Site("block_begin", place, False, True), Site("digest_updated", place, True, True)

@@ -605,12 +605,9 @@ class Tracker:
             return
         process = self._process(event.tgid)
         files = tuple(file for gen in {event.wrote, event.read} - {0} if (file := self._files.get(gen)))
-        outside_ns = process.digests.outside_ns
-        # Go pads what it hashes itself, so that all calls are of whole blocks.
-        whole = event.timed_bytes in (event.bytes, ((event.bytes + 8) // 64 + 1) * 64)
-        timed = Timed(event.ns + event.calls * outside_ns, event.bytes, event.calls) if event.calls and whole else None
+        timed = _timed(event, process.digests.outside_ns)
         value = f"{name}:{event.data[: event.n].hex()}"
-        seen = integrity.Seen(value, event.bytes, event.ts, event.tid, event.key, event.ran_ns, files, timed)
+        seen = integrity.Seen(value, event.bytes, event.ts, event.tid, event.key, event.rid, event.ran_ns, files, timed)
         if process.digests.repeats(seen):
             return
         if event.what:
@@ -794,6 +791,21 @@ def _remember(where: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     where.move_to_end(key)
     if len(where) > MAX_NAMES:
         where.popitem(last=False)
+
+
+def _timed(event: Any, outside_ns: float) -> Timed | None:
+    """The time of a digest's calls, if all of them were timed.
+
+    Go's are summed by goroutine, which may have hashed a little of something else besides, and are of whole blocks, with the padding.
+    """
+    if event.timed_bytes == event.bytes:
+        share = 1.0
+    else:
+        padded = ((event.bytes + 8) // 64 + 1) * 64
+        if not padded <= event.timed_bytes <= 1.01 * padded:
+            return None
+        share = padded / event.timed_bytes
+    return Timed(share * (event.ns + event.calls * outside_ns), event.bytes, event.calls) if event.calls else None
 
 
 def _known(printed: int) -> int:

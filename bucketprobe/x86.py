@@ -37,6 +37,8 @@ class Instruction:
     target: int | None
     #: It compares registers, copies between them or does nothing: neither memory nor the stack is touched.
     plain: bool
+    #: It names memory by its distance from itself.
+    relative: bool
     emulated: bool
 
     @property
@@ -152,6 +154,7 @@ class _Reader:
         self._rex = 0
         self._reg = self._operand = -1
         self._opcode = 0
+        self._relative = False
 
     def instruction(self) -> Instruction | None:
         try:
@@ -238,7 +241,7 @@ class _Reader:
                     # With a prefix, processors differ in what it is, and the kernel refuses some.
                     if self._prefixes or self._rex:
                         raise _Unknown
-                    target = self._relative(1 if each == "d" else 4)
+                    target = self._distance(1 if each == "d" else 4)
         extension = modrm >> 3 & 7
         if table == 1 and self._opcode in (0xF6, 0xF7) and extension < 2:
             self._skip(1 if self._opcode == 0xF6 else 2 if narrow else 4)
@@ -253,12 +256,12 @@ class _Reader:
             raise _Unknown
         plain = self._plain(table, modrm)
         emulated = target is not None or (kind is Kind.PUSH and self._short_push(length))
-        return Instruction(self._start, length, kind, self._written(table, writes), target, plain, emulated)
+        return Instruction(self._start, length, kind, self._written(table, writes), target, plain, self._relative, emulated)
 
     def _skip(self, size: int) -> None:
         self._at += size
 
-    def _relative(self, size: int) -> int:
+    def _distance(self, size: int) -> int:
         raw = self._code[self._at : self._at + size]
         if len(raw) != size:
             raise _Unknown
@@ -276,6 +279,7 @@ class _Reader:
             base = self._byte() & 7
             self._skip(4 if mode == 0 and base == 5 else 0)
         elif mode == 0 and operand == 5:
+            self._relative = True
             self._skip(4)
         self._skip((0, 1, 4)[mode])
         return byte

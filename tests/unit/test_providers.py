@@ -236,6 +236,9 @@ asm(".text; .globl EVP_DigestUpdate; .type EVP_DigestUpdate, @function; EVP_Dige
         ("lret", -1),
         ("int $0x80", -1),
         (".byte 0x66, 0xe9; .long 0", -1),
+        # Memory relative to the instruction, which the kernel would have to move.
+        ("mov 8(%rip), %rax", -1),
+        ("jmp *8(%rip)", -1),
     ],
 )
 def test_the_site_of_a_function(process: Process, tmp_path: Path, code: str, at: int | None) -> None:
@@ -400,6 +403,7 @@ BLOCK = '__attribute__((naked)) void block(void) {{ asm("{}; {} ret"); }} int ma
         ("sub $8, %rsp; test %rdx, %rdx; je 1f; 1: add $8, %rsp", None),
         ("add $64, %rsi; jne 1f; 1: nop", None),
         ("call 1f; 1: pop %rax", None),
+        ("push %rbx; call 1f; 1: pop %rax; pop %rbx", None),
         ("aesenc %xmm1, %xmm3; test %rdx, %rdx; je 1f; 1: nop", None),
         ("rdtsc; test %rdx, %rdx; je 1f; 1: nop", None),
     ],
