@@ -343,9 +343,10 @@ class MapEvent(ctypes.Structure):
 class DigestEvent(ctypes.Structure):
     """A digest over `bytes` was finished (`what`: FileFlag.ALONE or 0); `n` bytes of its value follow. `algorithm` is OpenSSL's NID.
 
-    `ns`: on-CPU time in the hash function for the `timed_bytes` of it, in `calls` calls, with the probes' own time in it; 0 while
-    calls are not timed. `read`, `wrote`: the generations of the files that the thread had read from (0: a socket) and written to
-    last. `ran_ns`: how long the thread had been on a CPU, from a start of its own.
+    `ns`: on-CPU time in the hash function for the last `timed_bytes` of it, in `calls` calls, with the probes' own time in it; 0
+    while calls are not timed. Where a hash is finished more than once, they are those since the time before. `read`, `wrote`: the
+    generations of the files that the thread had read from (0: a socket) and written to last. `ran_ns`: how long the thread had been
+    on a CPU, from a start of its own.
     """
 
     _fields_ = (

@@ -234,8 +234,8 @@ class Agent:
                     for gen, _fd, path, flags in message["files"]:
                         self._tracker.learn_file(gen, path, flags)
                 case "hasher":
-                    log(f"pid {message['tgid']}: digests by {message['detail']}")
-                    self._tracker.learn_hasher(message["tgid"], proven=message["proven"], outside_ns=message["outside_ns"])
+                    proven, outside_ns, family = message["proven"], message["outside_ns"], message["family"]
+                    self._tracker.learn_hasher(message["tgid"], family, proven=proven, outside_ns=outside_ns)
                 case "hashed":
                     self._tracker.learn_hashing(message["tgid"], message["bytes"], message["ns"], message["from"], message["until"])
                 case "probing":

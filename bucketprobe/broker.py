@@ -77,6 +77,13 @@ class Broker:
 
     def run(self) -> None:
         """Serves the agent until it is gone."""
+        try:
+            self._serve_agent()
+        finally:
+            if self._hashing:
+                self._hashing.detach()  # all at once; the end of the process would close one after the other
+
+    def _serve_agent(self) -> None:
         self._search()
         wire.send(
             self._agent,
@@ -284,6 +291,7 @@ def main() -> int:
     """Talks over the descriptor given as the only argument: first come the settings, then the agent's questions."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the agent, whose end is ours
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     agent = socket.socket(fileno=int(sys.argv[1]))
     received = wire.receive(agent)
     if received is None:

@@ -131,7 +131,8 @@ class Account:
 
 
 class Watched:
-    """The digests of one process. `tell` is given what was measured, as a message for the agent."""
+    """The digests of one process. `tell` is given what was measured, as a message for the agent; `may_time`: whether its calls may be
+    timed now, or others are that run the same (`family`)."""
 
     def __init__(
         self,
@@ -141,6 +142,7 @@ class Watched:
         shares: dict[Part, float | None],
         kernel: Kernel,
         tell: Callable[[dict[str, Any]], None],
+        may_time: Callable[[], bool] = lambda: True,
     ) -> None:
         self.tgid = tgid
         self.found: Sequence[Provider] = providers  # of which those are left that may be used
@@ -151,6 +153,8 @@ class Watched:
         self._prices = prices
         self._kernel = kernel
         self._tell = tell
+        self._may_time = may_time
+        self.family = ""
         self._on: dict[Part, list[int]] = {}  # descriptors
         self._sites: dict[Part, list[tuple[Provider, Sequence[Site]]]] = {
             "time": [(each, each.time) for each in providers if each.time],
@@ -170,6 +174,11 @@ class Watched:
     def attached(self) -> dict[Part, bool]:
         return {part: part in self._on for part in PARTS}
 
+    @property
+    def descriptors(self) -> list[int]:
+        """Of all that is attached."""
+        return [fd for attached in self._on.values() for fd in attached]
+
     def step(self, now_ns: int) -> int | None:
         """Looks at the accounts, and puts probes on or takes them off. When to do so again; None: the process is gone."""
         sums, cpu_ns = self._kernel.sums(self.tgid), self._kernel.cpu_ns(self.tgid)
@@ -187,7 +196,7 @@ class Watched:
                     self._tell_time(now_ns, sums)
                     self._take_off(part, now_ns)
                     changes = True
-            elif not self.failed and account.has_enough:
+            elif not self.failed and account.has_enough and (part == "value" or self._may_time()):
                 self._put_on(part, now_ns)
                 changes = True
         if "time" in self._on and now_ns - self._told_ns >= TELL_NS:

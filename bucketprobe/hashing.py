@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from bucketprobe import abi, bpf, program, selftest, target
@@ -28,8 +29,13 @@ from bucketprobe.providers import Finder, Provider, Site
 AGAIN_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: How many processes are followed: each takes links, and a look at its accounts four times a second.
 MAX_PROCESSES = 256
+#: Of how many processes that run the same the calls are timed at once: what they tell holds for the others.
+TIMED_AT_ONCE = 8
 #: How often the costs are told.
 TELL_SECONDS = 1.0
+
+#: How long detaching may take: it is one grace period of the kernel, most of the time.
+DETACH_SECONDS = 3.0
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -60,6 +66,7 @@ class Hashing(threading.Thread):
         self._refused = False
         self._prices = Prices()
         self._proven: dict[tuple[int, int], str] = {}  # what is wrong with a library, by inode; "": nothing
+        self._named: set[str] = set()  # families of which the log knows
         self._spent = dict.fromkeys(PARTS, 0.0)
         self._windows = 0
         self._cpu_ns = 0
@@ -73,8 +80,9 @@ class Hashing(threading.Thread):
         self._asked.put(("forget", tgid))
 
     def detach(self) -> None:
-        """All probes go, for good."""
+        """All probes go, for good; waits for that, but not for long."""
         self._asked.put(("end", 0))
+        self.join(DETACH_SECONDS)
 
     def run(self) -> None:
         # Most targets have the same library as this process: when the first is found, it has been tried.
@@ -99,8 +107,7 @@ class Hashing(threading.Thread):
             if self._processes and now - self._told_at >= TELL_SECONDS:
                 self._told_at = now
                 self._tell_costs()
-        for tgid in list(self._processes):
-            self._drop(tgid)
+        _close([fd for process in self._processes.values() if process.watched for fd in process.watched.descriptors])
 
     def _next_at(self) -> float:
         times = [process.look_at for process in self._processes.values()]
@@ -140,7 +147,9 @@ class Hashing(threading.Thread):
         if not self._prices.measured:
             self._log("what a probe costs could not be measured here: the most that is known is assumed, and little is probed")
         bpf.map_update(self._sums, struct.pack("=I", tgid), bytes(abi.HashingEntry()))
-        process.watched = Watched(tgid, usable, self._prices, self._shares(), _Links(self), self._tell)
+        family = " ".join(f"{device}:{inode}" for device, inode in sorted(each.inode for each in found))
+        process.watched = Watched(tgid, usable, self._prices, self._shares(), _Links(self), self._tell, partial(self._may_time, family))
+        process.watched.family = family
         process.watched.found = found
         process.step_ns = 0
         self._tell(
@@ -149,9 +158,16 @@ class Hashing(threading.Thread):
                 "tgid": tgid,
                 "proven": all(self._proven.get(each.inode) == "" for each in usable if each.value),
                 "outside_ns": process.watched.outside_ns,
-                "detail": ", ".join(f"{each.kind} in {each.library} ({each.detail})" for each in usable),
+                "family": family,
             }
         )
+        if family not in self._named:
+            self._named.add(family)
+            self._log(f"pid {tgid}: digests by " + ", ".join(f"{each.kind} in {each.library} ({each.detail})" for each in usable))
+
+    def _may_time(self, family: str) -> bool:
+        watched = (process.watched for process in self._processes.values())
+        return sum(each.family == family and each.attached["time"] for each in watched if each) < TIMED_AT_ONCE
 
     def _shares(self) -> dict[Part, float | None]:
         if self._spec.mode == "always":

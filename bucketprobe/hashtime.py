@@ -24,9 +24,9 @@ LEAST_BYTES = 1 << 18
 #: How far a request may be from a measurement, in ns, to say something of the same time.
 NEAR_NS = 2_000_000_000
 #: Gaps hold digests where their own time is no more of them than this,
-OWN_SHARE = 0.35
+OWN_SHARE = 0.25
 #: and what remains is within these bounds of what the rate says, for four of five requests.
-FITS = (0.85, 1.2)
+FITS = (0.88, 1.15)
 LEAST_REQUESTS = 20
 #: How well the probes' own time within a call is known, in ns.
 INSIDE_ERROR_NS = 250.0

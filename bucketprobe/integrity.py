@@ -66,8 +66,12 @@ class Owner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Seen:
-    """A digest that a process computed. `value`: "ALGORITHM:HEX"; `size`: bytes that it is of. `timed`: its calls, where all were timed.
-    `files`: those that its thread had written to and read from last. `ran_ns`: for how long that thread had run by then."""
+    """A digest that a process computed.
+
+    `value`: "ALGORITHM:HEX"; `size`: bytes that it is of, of which `hashed` were not in another of the same hash before. `timed`: the
+    calls for these, where all were timed. `files`: those that its thread had written to and read from last. `ran_ns`: for how long
+    that thread had run by then.
+    """
 
     value: str
     size: int
@@ -80,10 +84,15 @@ class Seen:
     timed: Timed | None = None
     evidence: str = ""
 
+    @property
+    def hashed(self) -> int:
+        return self.timed.bytes if self.timed else self.size
+
     def repeats(self, before: Seen) -> bool:
-        """Whether this is the same hash, finished once more: there was no time to hash the bytes again."""
+        """Whether this is the same hash, finished once more: it was not hashed again, or there was no time for it."""
         same = before.tid == self.tid and before.value == self.value and before.size == self.size
-        return same and 0 <= self.ran_ns - before.ran_ns < FASTEST * self.size
+        at_once = 0 <= self.ran_ns - before.ran_ns < FASTEST * self.size
+        return same and (at_once or (before.timed is not None and self.timed is None))
 
 
 class Digests:
@@ -103,6 +112,11 @@ class Digests:
         self._by_socket = [0, 0]  # how often the socket that its thread had used last was its request's, and was not
         self._habits: dict[str, deque[float]] = {}
         self._seen: deque[list[int]] = deque(maxlen=INTERVALS)  # from when until when values were seen; 0: still
+
+    def continues(self, tid: int, size: int) -> bool:
+        """Whether the last digest of that thread was of so many bytes: more may have gone to the same hash since."""
+        before = self._last.get(tid)
+        return before is not None and before.size == size
 
     def repeats(self, seen: Seen) -> bool:
         """Whether it is one that was there already."""
@@ -194,8 +208,8 @@ def _lacks(seen: Seen, owner: Owner, read_back: Sequence[tuple[int, int]]) -> bo
     """Whether the request must have computed one more: over its body, or over what it read back."""
     if not _has_body(owner):
         return True
-    times = [done_ns for nbytes, done_ns in read_back if nbytes == seen.size and done_ns <= seen.at_ns]
-    return any(not any(has.size == seen.size and has.at_ns >= done_ns for has in owner.digests) for done_ns in times)
+    times = [read_ns for nbytes, read_ns in read_back if nbytes == seen.size and read_ns <= seen.at_ns]
+    return any(not any(has.size == seen.size and has.at_ns >= read_ns for has in owner.digests) for read_ns in times)
 
 
 def _evidence(seen: Seen, owner: Owner, key_name: str) -> str:
@@ -268,10 +282,11 @@ def judge(
     seen: Sequence[Seen], expected: str | None, *, size: int, writes: bool, whole: bool, read_back: Sequence[tuple[int, int]]
 ) -> Judgement:
     """`expected`: the declared digest. `size`: bytes of the body that came; `whole`: all of it did. `read_back`: of each storage file
-    that the request read, how many bytes and when the last of them was read."""
+    that the request read, how many bytes, and when: for a write the end of it, for a read its beginning."""
 
     def is_read_back(each: Seen) -> bool:
-        return any(nbytes == each.size and done_ns <= each.at_ns for nbytes, done_ns in read_back)
+        # A read may go through the file twice: once to hash it, and once to send it.
+        return any((nbytes == each.size if writes else nbytes >= each.size) and read_ns <= each.at_ns for nbytes, read_ns in read_back)
 
     stored = [each for each in seen if each.size and is_read_back(each)]
     of_body = [each for each in seen if writes and whole and size and each.size == size]
@@ -316,7 +331,7 @@ def report(
         digests.proven = True
     if not digests.proven:
         judged = Judgement(None, None, ())
-    hashed = sum(seen.size for seen in owner.digests)
+    hashed = sum(seen.hashed for seen in owner.digests)
     covered = digests.covers(owner.begun_ns, owner.ended_ns)
     if covered and whole and size:
         digests.learn_habit(operation, hashed, size)

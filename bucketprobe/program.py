@@ -368,7 +368,8 @@ class Uprobes:
                 if self.multi:
                     opened.append(bpf.uprobe_multi_open(program, path, offsets, tgid, returns=returns))
                 else:
-                    opened += [bpf.uprobe_open(program, path, offset, tgid, returns=returns) for offset in offsets]
+                    for offset in offsets:  # one by one: those before one that fails must be closed, too
+                        opened.append(bpf.uprobe_open(program, path, offset, tgid, returns=returns))
         except OSError:
             for fd in opened:
                 os.close(fd)

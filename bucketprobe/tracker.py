@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from bucketprobe import abi, http1, integrity, route
-from bucketprobe.hashtime import Gaps, Timed
+from bucketprobe.hashtime import Gaps, HashTime, Timed
 from bucketprobe.model import (
     EVIDENCE,
     LABELS,
@@ -49,6 +49,8 @@ MAX_NAMES = 1_024
 MAX_HELD = 1_024
 MAX_PENDING = 16_384
 MAX_UNTIED = 512
+#: Programs whose hashing is known.
+MAX_FAMILIES = 64
 #: How long a request is held back after its end: until its files are closed, and those of its time have ended or gone on. An aborted
 #: one waits as long for its thread to finish the file work that it had begun.
 HOLD_NS = 500_000_000
@@ -144,6 +146,7 @@ class Tracker:
         self.latest_ns = 0
         self.records = 0
         self._digests_gone = 0
+        self._families: dict[str, HashTime] = {}  # how long the processes take that run the same
         self.lost = dict.fromkeys(TRACKER_LOSSES, 0)
         self.attributed: dict[tuple[str, str], Share] = {}
         self.unattributed: dict[str, Share] = {}
@@ -210,11 +213,14 @@ class Tracker:
         """A target has an io_uring ring: file work may go through it unseen."""
         self._process(tgid).uring = True
 
-    def learn_hasher(self, tgid: int, *, proven: bool, outside_ns: float) -> None:
-        """What hashes in a target was found. `proven`: its values are known to be read right; `outside_ns`: by how much a call takes
-        longer for being timed than its probes see."""
+    def learn_hasher(self, tgid: int, family: str, *, proven: bool, outside_ns: float) -> None:
+        """What hashes in a target was found. `family`: the same for all that run the same; `proven`: its values are known to be read
+        right; `outside_ns`: by how much a call takes longer for being timed than its probes see."""
         digests = self._process(tgid).digests
         digests.proven, digests.outside_ns = proven, outside_ns
+        digests.time = self._families.setdefault(family, digests.time)
+        if len(self._families) > MAX_FAMILIES:
+            self._families.pop(next(iter(self._families)))
 
     def learn_hashing(self, tgid: int, nbytes: int, ns: int, from_ns: int, until_ns: int) -> None:
         """A target's calls of its hash function took so long, between these two stamps."""
@@ -605,7 +611,7 @@ class Tracker:
             return
         process = self._process(event.tgid)
         files = tuple(file for gen in {event.wrote, event.read} - {0} if (file := self._files.get(gen)))
-        timed = _timed(event, process.digests.outside_ns)
+        timed = _timed(event, process.digests)
         value = f"{name}:{event.data[: event.n].hex()}"
         seen = integrity.Seen(value, event.bytes, event.ts, event.tid, event.key, event.rid, event.ran_ns, files, timed)
         if process.digests.repeats(seen):
@@ -706,7 +712,7 @@ class Tracker:
         if head and self._asks_response and not live.declared:
             live.declared = integrity.declared(self._declared, head, _response(request.response_head, self._response_headers))
         of_storage = [piece.unit for piece in live.pieces if piece.unit.file.kind == "storage" and piece.unit.work.read_bytes]
-        read_back = [(unit.work.read_bytes, unit.until_ns) for unit in of_storage]
+        read_back = [(unit.work.read_bytes, unit.until_ns if live.writes else unit.first_ns) for unit in of_storage]
         process.digests.claim(live, process.others(live), process.key_name, read_back, last=True)
         # 400 has other reasons, too; they are ruled out as far as the head tells.
         well_formed = head and all(head.headers.get(name) for name in _REQUIRED) and request.route.version
@@ -793,19 +799,20 @@ def _remember(where: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         where.popitem(last=False)
 
 
-def _timed(event: Any, outside_ns: float) -> Timed | None:
+def _timed(event: Any, digests: integrity.Digests) -> Timed | None:
     """The time of a digest's calls, if all of them were timed.
 
     Go's are summed by goroutine, which may have hashed a little of something else besides, and are of whole blocks, with the padding.
     """
-    if event.timed_bytes == event.bytes:
-        share = 1.0
-    else:
-        padded = ((event.bytes + 8) // 64 + 1) * 64
+    nbytes, share = event.bytes, 1.0
+    if event.timed_bytes < nbytes and digests.continues(event.tid, nbytes - event.timed_bytes):
+        nbytes = event.timed_bytes
+    elif event.timed_bytes != nbytes:
+        padded = ((nbytes + 8) // 64 + 1) * 64
         if not padded <= event.timed_bytes <= 1.01 * padded:
             return None
         share = padded / event.timed_bytes
-    return Timed(share * (event.ns + event.calls * outside_ns), event.bytes, event.calls) if event.calls else None
+    return Timed(share * (event.ns + event.calls * digests.outside_ns), nbytes, event.calls) if event.calls else None
 
 
 def _known(printed: int) -> int:

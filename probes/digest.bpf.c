@@ -118,7 +118,7 @@ int digest_copied(struct pt_regs *ctx)
 	copy.ns = h->ns;
 	copy.bytes = h->bytes;
 	copy.calls = h->calls;
-	copy.of = from.ctx;
+	copy.of = h->of ? h->of : from.ctx;
 	map_update(MAP(HASHES), &to, &copy, 0);
 	return 0;
 }

@@ -158,7 +158,7 @@ struct work {
 };
 
 /*
- * hashes: key = {tgid, state}; the calls on one hash function's state since it was made or finished. In an LRU map: a state that
+ * hashes: key = {tgid, state}; the calls on one hash function's state since it, or a copy of it, was made or finished. In an LRU map: a state that
  * is given up says nothing, and one that is forgotten has fewer bytes timed than hashed, which is how user space tells.
  */
 struct hash_key {
@@ -166,7 +166,7 @@ struct hash_key {
 };
 struct hash {
 	__u64 ns, bytes;
-	__u64 of; /* the state that it is a copy of */
+	__u64 of; /* the state that it is a copy of, or a copy's copy */
 	__u32 calls;
 	__u32 done;
 };

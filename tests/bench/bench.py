@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cpu
+import digest
 import memory
 import ready
 import resolver
@@ -44,6 +45,7 @@ PARTS: dict[str, Callable[[Rig], Part]] = {
     "cpu": cpu.measure,
     "resolver": resolver.measure,
     "throughput": throughput.measure,
+    "digest": digest.measure,
 }
 #: A case of 1 MiB artifacts fills so much between two clearings, on a fast host.
 STORE_BYTES = 6 << 30

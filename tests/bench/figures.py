@@ -3,25 +3,41 @@
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 #: What was measured without and with the agent, one after the other.
 Pair = tuple[float, float]
+#: What a stretch of work cost, and how much work was done, in any units.
+Spent = tuple[float, float]
+#: An estimate, and the bounds of its 95 % interval.
+Estimate = tuple[float, float, float]
+
+#: How often what was measured is drawn again for an interval: its bounds then vary by less than they say.
+RESAMPLES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
     """One quantity. `samples` (at least one) are in `unit` and in the order in which they were taken.
 
-    `goal`: what the median should be at most.
+    `goal`: what its value should be at most. `estimate`: over all samples at once, with its interval, where a median of them would
+    not do: of what is rare and then large it shows nothing.
     """
 
     name: str
     unit: str
     samples: tuple[float, ...]
     goal: float | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def value(self) -> float:
+        """What counts: the estimate, or else the median."""
+        return self.estimate[0] if self.estimate else self.median
 
     @property
     def median(self) -> float:
@@ -38,9 +54,10 @@ class Figure:
     @property
     def reached(self) -> bool | None:
         """Whether the goal was reached; None where there is none."""
-        return None if self.goal is None else self.median <= self.goal
+        return None if self.goal is None else self.value <= self.goal
 
     def record(self) -> dict[str, object]:
+        estimate = dict(zip(("estimate", "low_95", "high_95"), self.estimate, strict=True)) if self.estimate else {}
         return {
             "name": self.name,
             "unit": self.unit,
@@ -51,6 +68,7 @@ class Figure:
             "samples": list(self.samples),
             "goal": self.goal,
             "reached": self.reached,
+            **estimate,
         }
 
 
@@ -69,8 +87,8 @@ class Part:
     disturbed: int = 0
     error: str | None = None
 
-    def add(self, name: str, unit: str, samples: Sequence[float], goal: float | None = None) -> None:
-        self.figures.append(Figure(name, unit, tuple(samples), goal))
+    def add(self, name: str, unit: str, samples: Sequence[float], goal: float | None = None, estimate: Estimate | None = None) -> None:
+        self.figures.append(Figure(name, unit, tuple(samples), goal, estimate))
 
     def record(self) -> dict[str, object]:
         figures = [figure.record() for figure in self.figures]
@@ -91,6 +109,44 @@ def ratios(pairs: Sequence[Pair]) -> list[float]:
 def differences(pairs: Sequence[Pair]) -> list[float]:
     """What the agent adds."""
     return [on - off for off, on in pairs]
+
+
+def relative(stages: Sequence[Sequence[tuple[Spent, Spent]]]) -> float:
+    """What work costs with what is measured, relative to without: the geometric mean over stages of each one's ratio of sums.
+
+    Sums, so that a cost which comes seldom counts as much as it took. In stages, so that what differs between the two sides besides
+    cancels out where they change places from one stage to the next.
+    """
+    logs = []
+    for pairs in stages:
+        off, on = (_cost(sides) for sides in zip(*pairs, strict=True))
+        logs.append(math.log(on / off))
+    return math.exp(statistics.fmean(logs))
+
+
+def _cost(spent: Sequence[Spent]) -> float:
+    return sum(cost for cost, _ in spent) / sum(work for _, work in spent)
+
+
+def relative_interval(stages: Sequence[Sequence[tuple[Spent, Spent]]]) -> Estimate:
+    """`relative` with its 95 % interval: each stage's pairs are drawn again and again (a bootstrap, the same whenever it is asked)."""
+    draw = random.Random(len(stages))
+    found = sorted(relative([draw.choices(pairs, k=len(pairs)) for pairs in stages]) for _ in range(RESAMPLES))
+    return relative(stages), found[round(0.025 * RESAMPLES)], found[round(0.975 * RESAMPLES) - 1]
+
+
+def largest_share(readings: Sequence[tuple[float, float, float]], span: float) -> float:
+    """The largest growth of a part relative to its whole within any stretch of at least `span` seconds.
+
+    `readings`: time in seconds, part and whole, both only growing, one after the other. A stretch is from one reading to the first
+    that is late enough. Raises ValueError where there is none in which the whole grew.
+    """
+    shares = []
+    for i, (begin, part, whole) in enumerate(readings):
+        end = next((later for later in readings[i:] if later[0] - begin >= span), None)
+        if end is not None and end[2] > whole:
+            shares.append((end[1] - part) / (end[2] - whole))
+    return max(shares)
 
 
 def size_text(size: int) -> str:
@@ -120,7 +176,10 @@ _RIGHT = {"median", "min", "max", "n"}
 
 
 def table(parts: Sequence[Part]) -> str:
-    """All parts below each other, in columns that line up. A figure that was taken once has no min and max."""
+    """All parts below each other, in columns that line up. A figure that was taken once has no min and max.
+
+    One with an estimate shows that and its interval instead, and says so in its name.
+    """
     cells = {part.name: [_cells(figure) for figure in part.figures] for part in parts}
     everything = [HEADER, *(row for rows in cells.values() for row in rows)]
     widths = [max(len(row[column]) for row in everything) for column in range(len(HEADER))]
@@ -139,7 +198,9 @@ def table(parts: Sequence[Part]) -> str:
 
 def _cells(figure: Figure) -> tuple[str, ...]:
     spread = (number_text(figure.low), number_text(figure.high)) if len(figure.samples) > 1 else ("", "")
-    return (figure.name, number_text(figure.median), *spread, str(len(figure.samples)), figure.unit, goal_text(figure))
+    if figure.estimate:
+        spread = (number_text(figure.estimate[1]), number_text(figure.estimate[2]))
+    return (figure.name, number_text(figure.value), *spread, str(len(figure.samples)), figure.unit, goal_text(figure))
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

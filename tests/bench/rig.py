@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,10 @@ class Plan:
     syscall_pairs: int
     resolver_runs: int
     resolver_requests: int
+    digest_pairs: int
+    digest_round_s: float
+    digest_always_pairs: int
+    budget_phase_s: float
 
 
 SIZES = (8 << 10, 64 << 10, 1 << 20)
@@ -65,6 +69,10 @@ FULL = Plan(
     syscall_pairs=9,
     resolver_runs=3,
     resolver_requests=2_000,
+    digest_pairs=10,
+    digest_round_s=0.5,
+    digest_always_pairs=3,
+    budget_phase_s=15.0,
 )
 QUICK = Plan(
     cases=(("threads", 8 << 10), ("prefork", 64 << 10)),
@@ -78,6 +86,10 @@ QUICK = Plan(
     syscall_pairs=3,
     resolver_runs=1,
     resolver_requests=500,
+    digest_pairs=3,
+    digest_round_s=0.4,
+    digest_always_pairs=2,
+    budget_phase_s=6.0,
 )
 
 
@@ -162,10 +174,11 @@ class Rig:
             end(process)
 
     @contextmanager
-    def bucket(self, model: str) -> Iterator[Bucket]:
+    def bucket(self, model: str, *options: str, workers: int = CONNECTIONS) -> Iterator[Bucket]:
+        """A reference server. `options`: more of its command line."""
         root, log = self.store / f"bucket-{next(self._numbers)}", self.fresh("bucket.log")
         command = [sys.executable, "-m", "bucketprobe.demo.bucket", "--port", "0", "--root", str(root), "--model", model]
-        with self.started([*command, "--workers", str(CONNECTIONS)], log) as process:
+        with self.started([*command, "--workers", str(workers), *options], log) as process:
             port = int(self._announced(process, log, r"listening on http://127\.0\.0\.1:(\d+)"))
             yield Bucket(port, root, process.pid)
         subprocess.run(["rm", "-rf", str(root)], check=True)
@@ -263,6 +276,17 @@ class Rig:
         while system_call_tracers() and time.monotonic() - begin < self.patience_s:
             time.sleep(0.2)
         self.patience_s -= time.monotonic() - begin
+
+
+@contextmanager
+def on_cpus(cpus: Collection[int]) -> Iterator[None]:
+    """This thread, and whatever it starts meanwhile, run on these CPUs only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

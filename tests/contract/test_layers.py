@@ -39,20 +39,26 @@ ALLOWED: dict[str, list[str]] = {
     "web": ["errors"],
     "capture": ["errors", "model"],
     "probes": [],
-    "program": ["errors", "abi", "bpf", "btf"],
+    "program": ["errors", "abi", "bpf", "btf", "providers"],
     # Runs under the system's Python, as a script that sees none of ours.
     "loader": [],
     "doctor": ["errors", "model", "bpf", "capture", "config", "privileges", "program", "target"],
     "decode": ["errors", "model", "abi"],
-    # Pure: knows neither of events nor of the kernel.
-    "resolve": ["errors", "model", "abi"],
-    "tracker": ["errors", "model", "abi", "config", "decode", "http1", "resolve", "route"],
+    # Pure: they know neither of events nor of the kernel.
+    "hashtime": ["model"],
+    "integrity": ["model", "hashtime", "http1"],
+    "resolve": ["errors", "model", "abi", "integrity"],
+    "tracker": ["errors", "model", "abi", "config", "decode", "hashtime", "http1", "integrity", "resolve", "route"],
+    # Pure, too: what it needs of the kernel is given.
+    "digests": ["providers"],
     "sinks": [],
     "sinks.*": ["errors", "model", "catalog"],
     "exporters": [],
     "exporters.*": ["errors", "model", "catalog"],
     # The privileged half: nothing that reads what a client of the service sent.
-    "broker": ["errors", "abi", "bpf", "config", "program", "runtimes", "stats", "target", "wire", "exporters.jsonl"],
+    "selftest": ["abi", "bpf", "digests", "privileges", "providers"],
+    "hashing": ["abi", "bpf", "config", "digests", "program", "providers", "selftest", "target"],
+    "broker": ["errors", "abi", "bpf", "config", "hashing", "program", "runtimes", "stats", "target", "wire", "exporters.jsonl"],
     # Loaded before the rest of the agent, so that the broker starts meanwhile.
     "link": ["errors", "config", "wire"],
     "stats": ["abi", "bpf"],

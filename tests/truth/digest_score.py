@@ -236,10 +236,11 @@ def time_shortfalls(found: Score, most_off_pct: float, least_known_pct: float) -
     return missed if found["time"] else ["no digest time could be compared"]
 
 
-def value_shortfalls(found: Score) -> list[str]:
+def value_shortfalls(found: Score, least_right_pct: float = 100.0) -> list[str]:
+    """A line where fewer are right, and one where any is wrong."""
     values = found["values"]
     missed = []
-    if values["right"] < values["uploads"]:
+    if 100 * values["right"] < least_right_pct * values["uploads"]:
         missed.append(f"digest values: {values['right']:,} of {values['uploads']:,} are right, {values['wrong']:,} are wrong")
     if values["wrong"] or values["invented"]:
         missed.append(f"digest values: {values['wrong']:,} wrong, {values['invented']:,} of requests that are no uploads")

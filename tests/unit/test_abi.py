@@ -7,11 +7,11 @@ from enum import IntEnum
 
 import pytest
 
-from bucketprobe import abi, resolve, runtimes
+from bucketprobe import abi, integrity, resolve, runtimes
 from bucketprobe.model import OUTCOMES
 
 ENTRIES = {spec.name: spec.entries for spec in abi.MAPS}
-ENTRY_TYPES = {"fds": abi.FdEntry, "layouts": abi.LayoutEntry}
+ENTRY_TYPES = {"fds": abi.FdEntry, "layouts": abi.LayoutEntry, "hashing": abi.HashingEntry}
 STRUCTURES = [abi.Header, *abi.EVENTS.values(), *ENTRY_TYPES.values()]
 
 
@@ -106,7 +106,7 @@ def test_the_header_names_every_place_once() -> None:
     names = re.findall(r"^\t([A-Z]+_[A-Z0-9_]+) = -?\d+,$", text, re.M) + re.findall(r"^#define (\w+) ", text, re.M)
     assert len(set(names)) == len(names)
     prefixes = {"EV", "DIR", "END", "RF", "FF", "PC", "PR", "RT", "FD", "ST", "PORT", "CFG", "H", "USE", "MAP", "NR"}
-    assert prefixes == {name.split("_")[0] for name in names} - {"PATH", "HEAD", "PRINT", "TOKEN"}
+    assert prefixes == {name.split("_")[0] for name in names} - {"PATH", "HEAD", "PRINT", "TOKEN", "DIGEST"}
     assert text.count("_Static_assert(sizeof(struct ") == len(STRUCTURES)
 
 
@@ -120,6 +120,15 @@ def test_the_header_has_every_member_with_its_offset(structure) -> None:
 
 def test_map_values_that_both_sides_write_are_in_the_header() -> None:
     text = abi.render_header()
-    for name, members in (("bp_fd_entry", "object kind not_served shared many pad"), ("bp_layout_entry", "slot member")):
+    for name, members in (
+        ("bp_fd_entry", "object kind not_served shared many pad"),
+        ("bp_layout_entry", "slot member"),
+        ("bp_hashing_entry", f"calls bytes ns copies digests bytes_hashed algorithm keeps value[{abi.DIGEST_BYTES}]"),
+    ):
         [body] = re.findall(rf"struct {name} {{\n(.*?)\n}};", text, re.S)
-        assert re.findall(r"(\w+);", body) == members.split()
+        assert re.findall(r"(\w+(?:\[\d+\])?);", body) == members.split()
+
+
+def test_the_longest_digest_that_is_known_fits() -> None:
+    assert max(integrity.SIZES.values()) == abi.DIGEST_BYTES
+    assert set(integrity.ALGORITHMS.values()) == set(integrity.SIZES)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from bucketprobe import abi, bpf, broker, link, program, runtimes, stats, target, wire
-from bucketprobe.config import Settings, StorageSpec, TargetSpec
+from bucketprobe.config import DigestSpec, Settings, StorageSpec, TargetSpec
 from bucketprobe.errors import BucketprobeError, EnvironmentLack
 
 SECONDS = 20.0
@@ -231,9 +232,12 @@ class Host:
     """The broker's surroundings: maps that only note what is written, and processes that are what a test says they are.
 
     `starts`: start time by tgid; `rings`: who has an io_uring ring; `runs`: by tgid what each look at it finds, the last for ever.
+    `hashing`: what the part that follows digests was told.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+        self._settings = settings
+        self.hashing: list[tuple[Any, ...]] = []
         self.starts: dict[int, int] = {}
         self.rings: set[int] = set()
         self.runs: dict[int, list[runtimes.Layout]] = {}
@@ -242,13 +246,15 @@ class Host:
         self._maps = {spec.name: os.memfd_create(spec.name) for spec in abi.MAPS}
         os.ftruncate(self._maps["targets"], 64 * next(spec for spec in abi.MAPS if spec.name == "targets").entries)
         self._names = {fd: name for name, fd in self._maps.items()}
-        probes = SimpleNamespace(maps=self._maps, missing=[], detach=lambda: None)
+        detach = partial(self.hashing.append, ("probes", "detach"))
+        probes = SimpleNamespace(maps=self._maps, missing=[], uprobes={"digest_update": b"code"}, detach=detach)
         for module, name, stand_in in (
             (program, "compiled", lambda *_: {}),
             (program, "kernel_offsets", lambda *_: {}),
             (program, "load", lambda *_: probes),
             (bpf, "map_update", self._update),
             (bpf, "map_lookup", lambda *_: None),
+            (bpf, "map_keys", lambda *_: iter(())),
             (stats, "read_stats", lambda _: []),
             (broker, "read_stats", lambda _: []),
             (target, "find", lambda _: []),
@@ -258,12 +264,21 @@ class Host:
             (target, "has_uring", self.rings.__contains__),
             (target, "matches", lambda *_: None),
             (runtimes, "layout", self._layout),
+            (broker, "Hashing", self._follow),
             (broker, "SETTLE_SECONDS", 0.0),  # each turn of the loop is due
         ):
             monkeypatch.setattr(module, name, stand_in)
         self._ours, theirs = wire.pair()
         self.talk = Talk(self._ours)
         self._thread = threading.Thread(target=self._run, args=(theirs,), daemon=True)
+
+    def _follow(self, *arguments: Any) -> SimpleNamespace:
+        self.follow_arguments = arguments
+
+        def noted(name: str) -> Callable[..., None]:
+            return lambda *values: self.hashing.append((name, *values))
+
+        return SimpleNamespace(start=noted("start"), watch=noted("watch"), forget=noted("forget"), detach=noted("detach"))
 
     def _update(self, fd: int, key: bytes, value: bytes, flags: int = 0) -> None:
         self.written.append((self._names[fd], key, value))
@@ -275,7 +290,7 @@ class Host:
 
     def _run(self, end: socket.socket) -> None:
         with end:
-            broker.Broker(Settings(), end).run()
+            broker.Broker(self._settings, end).run()
 
     def start(self) -> wire.Message:
         """The message that says that all is attached."""
@@ -318,8 +333,13 @@ PID = 4_000_001  # beyond what this kernel gives, and so nobody's
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    made = Host(monkeypatch)
+def settings() -> Settings:
+    return Settings()
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> Iterator[Host]:
+    made = Host(monkeypatch, settings)
     made.starts[PID] = 77
     yield made
     made.close()
@@ -450,6 +470,62 @@ def test_a_target_that_ran_another_program_is_looked_at_again(host: Host) -> Non
     told = host.say(op="exec", tgid=PID)
     assert [message["kind"] for message in told if message["op"] == "runtime"] == [abi.Runtime.CPYTHON]
     assert host.target(PID) == 1 | abi.Runtime.CPYTHON << 1
+
+
+# --- Whose digests are followed ----------------------------------------------------------------------------------
+
+
+def test_the_digests_of_targets_are_followed_from_the_beginning_to_the_end(host: Host) -> None:
+    child = PID + 1
+    host.starts[child] = 90
+    host.start()
+    spec, user, maps, codes, _ = host.follow_arguments
+    assert (spec, user, codes) == (Settings().digest, Settings().user, {"digest_update": b"code"})
+    assert maps["hashing"] > 0
+    assert host.hashing == [("start",)]
+    host.say(op="process", tgid=PID, why="asked for")
+    host.say(op="fork", tgid=child)
+    host.say(op="gone", tgid=child)
+    assert host.hashing[1:] == [("watch", PID), ("watch", child), ("forget", child)]
+
+
+def test_a_target_that_runs_another_program_is_followed_anew(host: Host) -> None:
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    host.say(op="exec", tgid=PID)
+    assert host.hashing == [("start",), ("watch", PID), ("watch", PID)]
+
+
+def test_a_program_that_is_no_target_is_not_followed(host: Host) -> None:
+    host.start()
+    host.say(op="exec", tgid=PID)
+    host.say(op="process", tgid=PID + 1, why="gone by now")
+    assert host.hashing == [("start",)]
+
+
+def test_the_probes_of_digests_come_off_with_the_others(host: Host) -> None:
+    host.start()
+    host.say(op="detach")
+    assert sorted(host.hashing[1:]) == [("detach",), ("probes", "detach")]
+
+
+def test_what_is_seen_of_digests_reaches_the_agent_and_an_agent_that_is_gone_is_no_error(host: Host) -> None:
+    host.start()
+    tell = host.follow_arguments[-1]
+    tell({"op": "hashed", "tgid": PID, "calls": 1})
+    assert host.talk.until("hashed")[0] == {"op": "hashed", "tgid": PID, "calls": 1}
+    host.talk.end.shutdown(socket.SHUT_RDWR)
+    tell({"op": "hashed", "tgid": PID, "calls": 2})
+
+
+@pytest.mark.parametrize("settings", [Settings(digest=DigestSpec(mode="off"))])
+def test_nobodys_digests_are_followed_where_that_is_off(host: Host) -> None:
+    host.start()
+    host.say(op="process", tgid=PID, why="asked for")
+    host.say(op="fork", tgid=PID)
+    host.say(op="gone", tgid=PID)
+    host.say(op="detach")
+    assert host.hashing == [("probes", "detach")]
 
 
 # --- What keeps it from attaching --------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def test_values_are_right_wrong_not_found_or_invented() -> None:
     assert values["wrong_ids"] == ["b"]
     missed = digest_score.value_shortfalls({"values": values})
     assert missed == ["digest values: 1 of 3 are right, 1 are wrong", "digest values: 1 wrong, 1 of requests that are no uploads"]
+    assert digest_score.value_shortfalls({"values": values}, least_right_pct=30) == missed[1:]
 
 
 def test_bytes_are_right_wrong_or_not_told() -> None:

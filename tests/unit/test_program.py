@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import stat
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from bucketprobe import abi, btf, program
+from bucketprobe import abi, bpf, btf, program
 from bucketprobe.errors import EnvironmentLack
+from bucketprobe.providers import Site
 
 MAPS = {spec.name: 40 + i for i, spec in enumerate(abi.MAPS)}
 OFFSETS = {name: 7000 + i for i, name in enumerate(abi.OFFSETS)}
@@ -75,7 +77,7 @@ def test_the_text_has_everything_once_and_includes_nothing() -> None:
     assert '#include "' not in text
     for guard in ("ABI", "HTTP1", "PROBE"):
         assert text.count(f"#define BUCKETPROBE_{guard}_H") == 1
-    for name in ("sys_enter", "sock_state", "on_open", "process_fork"):
+    for name in ("sys_enter", "sock_state", "on_open", "process_fork", *program.UPROBES):
         assert text.count(f"int {name}(") == 1
     assert all(f"#define {name} " in text for name in abi.OFFSETS)
 
@@ -90,7 +92,7 @@ def test_every_program_that_is_attached_or_called_is_compiled(programs: dict[str
     others = set(abi.Handler) - {abi.Handler.NONE, abi.Handler.SYNC, abi.Handler.CHANGE}
     handlers = {f"on_{handler.name.lower()}" for handler in others}
     sizes = {f"size_{spec.value.split()[-1]}" for spec in abi.MAPS if isinstance(spec.value, str)}
-    assert set(programs) == attached | handlers | sizes
+    assert set(programs) == attached | handlers | sizes | set(program.UPROBES)
 
 
 def test_a_second_start_needs_no_compiler(cache: Path, programs: dict[str, bytes], log: list[str], no_compiler: None) -> None:
@@ -303,6 +305,8 @@ def test_sizes_come_from_the_compiled_structures(programs: dict[str, bytes], mon
     assert made["work"] == (abi.HASH, 16, 128, 16_384, 0)  # struct work: twelve numbers of 64 bits, eight of 32
     assert made["fds"][:3] == (abi.HASH, 8, ctypes.sizeof(abi.FdEntry))
     assert made["layouts"][:3] == (abi.HASH, 4, ctypes.sizeof(abi.LayoutEntry))
+    assert made["hashing"][:3] == (abi.HASH, 4, ctypes.sizeof(abi.HashingEntry))
+    assert made["hashes"][0] == abi.LRU_HASH, "a digest that is never finished leaves by itself"
     assert made["conns"][2] % 8 == 0
 
 
@@ -321,6 +325,8 @@ def test_loading_attaches_all_and_closing_leaves_nothing(cache: Path, programs: 
     assert set(loaded.links) | set(loaded.missing) == {*program.REQUIRED_TRACEPOINTS, *program.OPTIONAL_TRACEPOINTS}
     assert set(loaded.links) >= set(program.REQUIRED_TRACEPOINTS)
     assert set(loaded.maps) == set(MAPS)
+    assert set(loaded.uprobes) == set(program.UPROBES)
+    assert len(loaded.programs) == len([name for name in programs if not name.startswith("size_")]) - len(program.UPROBES)
     loaded.detach()
     assert loaded.links == {}
     loaded.close()
@@ -354,4 +360,148 @@ def test_a_tracepoint_that_must_be_there_is_named(cache: Path, programs: dict[st
     monkeypatch.setattr(program, "REQUIRED_TRACEPOINTS", {"no_such_tracepoint": "sock_state"})
     with pytest.raises(EnvironmentLack, match=r"no tracepoint no_such_tracepoint: run Linux 5\.8 or later"):
         program.load(programs, offsets, {})
+    assert open_descriptors() == before
+
+
+# --- Uprobes -----------------------------------------------------------------------------------------------------
+
+UPDATE = (Site("digest_update", 16, returns=False, emulated=True), Site("digest_updated", 16, returns=True, emulated=True))
+BLOCKS = (Site("go_begin", 32, returns=False, emulated=True), Site("go_begin", 64, returns=False, emulated=True))
+
+
+class FakeKernel:
+    """Programs and links that are only noted; each has a descriptor, which must be closed. `refuses`: what of all that fails, by its
+    number in the order in which it is asked for; `knows_multi`: whether many places may be in one link."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refuses: set[int] = set()
+        self.knows_multi = True
+        self.asked: list[tuple[object, ...]] = []
+        self.loaded: dict[int, tuple[str, int, int]] = {}
+        monkeypatch.setattr(program.bpf, "program_load", self._load)
+        monkeypatch.setattr(program.bpf, "uprobe_multi_open", self._multi)
+        monkeypatch.setattr(program.bpf, "uprobe_open", self._single)
+
+    def _made(self, *what: object) -> int:
+        self.asked.append(what)
+        if len(self.asked) in self.refuses:
+            raise OSError(errno.ESRCH, "No such process")
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _load(self, code: bytes, name: str, kind: int = 0, attach_type: int = 0) -> int:
+        if attach_type == bpf.TRACE_UPROBE_MULTI and not self.knows_multi:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fd = self._made("load", name)
+        self.loaded[fd] = (name, kind, attach_type)
+        return fd
+
+    def _multi(self, fd: int, path: str, offsets: list[int], tgid: int, *, returns: bool) -> int:
+        return self._made(self.loaded[fd][0], path, tuple(offsets), tgid, returns)
+
+    def _single(self, fd: int, path: str, offset: int, tgid: int, *, returns: bool) -> int:
+        return self._made(self.loaded[fd][0], path, offset, tgid, returns)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernel]:
+    before = open_descriptors()
+    yield FakeKernel(monkeypatch)
+    assert open_descriptors() == before, "descriptors were left"
+
+
+CODES = dict.fromkeys(("digest_update", "digest_updated", "go_begin"), b"")
+
+
+@pytest.mark.parametrize(("knows", "attach_type"), [(True, bpf.TRACE_UPROBE_MULTI), (False, 0)])
+def test_uprobes_are_loaded_for_one_link_where_the_kernel_has_it(fake: FakeKernel, knows: bool, attach_type: int) -> None:
+    fake.knows_multi = knows
+    uprobes = program.Uprobes(CODES)
+    assert uprobes.multi is knows
+    assert list(fake.loaded.values()) == [(name, bpf.PROG_TYPE_KPROBE, attach_type) for name in CODES]
+    uprobes.close()
+
+
+def test_the_way_that_is_asked_for_is_taken_or_refused(fake: FakeKernel) -> None:
+    fake.knows_multi = False
+    with pytest.raises(OSError, match="Invalid argument"):
+        program.Uprobes(CODES, multi=True)
+    uprobes = program.Uprobes(CODES, multi=False)
+    assert not uprobes.multi
+    uprobes.close()
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_programs_that_cannot_all_be_loaded_leave_none(fake: FakeKernel, knows: bool, place: int) -> None:
+    fake.knows_multi = knows
+    fake.refuses = {place, place + 3, place + 2, place + 1}  # the second way fails as the first does
+    with pytest.raises(OSError, match="No such process"):
+        program.Uprobes(CODES)
+
+
+def test_what_ends_a_call_is_attached_before_what_begins_it(fake: FakeKernel) -> None:
+    """Else a call that is under way would be seen to begin, in the next one's stead."""
+    uprobes = program.Uprobes(CODES)
+    opened = uprobes.attach("/lib/c.so", (*UPDATE, *BLOCKS), 7)
+    links = fake.asked[len(CODES) :]
+    assert links[0] == ("digest_updated", "/lib/c.so", (16,), 7, True)
+    assert set(links) == {
+        ("digest_updated", "/lib/c.so", (16,), 7, True),
+        ("digest_update", "/lib/c.so", (16,), 7, False),
+        ("go_begin", "/lib/c.so", (32, 64), 7, False),
+    }
+    assert len(opened) == len(links)
+    for fd in opened:
+        os.close(fd)
+    uprobes.close()
+
+
+def test_without_one_link_for_all_each_place_is_its_own(fake: FakeKernel) -> None:
+    uprobes = program.Uprobes(CODES, multi=False)
+    opened = uprobes.attach("/lib/c.so", (*UPDATE, *BLOCKS), 7)
+    links = fake.asked[len(CODES) :]
+    assert links[0] == ("digest_updated", "/lib/c.so", 16, 7, True)
+    assert set(links[1:]) == {
+        ("digest_update", "/lib/c.so", 16, 7, False),
+        ("go_begin", "/lib/c.so", 32, 7, False),
+        ("go_begin", "/lib/c.so", 64, 7, False),
+    }
+    for fd in opened:
+        os.close(fd)
+    uprobes.close()
+
+
+@pytest.mark.parametrize(("multi", "links"), [(True, 3), (False, 4)])
+def test_uprobes_are_attached_all_or_none(fake: FakeKernel, multi: bool, links: int) -> None:
+    """Half of a pair measures nonsense. Whatever is refused, nothing is left: see the fixture."""
+    uprobes = program.Uprobes(CODES, multi=multi)
+    for place in range(1, links + 1):
+        before = open_descriptors()
+        fake.refuses = {len(fake.asked) + place}
+        with pytest.raises(OSError, match="No such process") as error:
+            uprobes.attach("/lib/c.so", (*UPDATE, *BLOCKS), 7)
+        assert error.value.errno == errno.ESRCH
+        assert open_descriptors() == before, f"the link before number {place} is left"
+    uprobes.close()
+
+
+def test_closing_uprobes_twice_is_no_harm(fake: FakeKernel) -> None:
+    uprobes = program.Uprobes(CODES)
+    uprobes.close()
+    uprobes.close()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("multi", [True, False])
+def test_the_kernel_takes_all_uprobes_and_refuses_a_process_that_is_gone(cache: Path, programs: dict[str, bytes], multi: bool) -> None:
+    before = open_descriptors()
+    loaded = program.load(programs, program.kernel_offsets(str(cache), pytest.fail), {"events": 32_768})
+    uprobes = program.Uprobes(loaded.uprobes, multi=multi)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with pytest.raises(OSError, match=r".+") as error:
+        uprobes.attach(sys.executable, UPDATE, gone.pid)
+    assert error.value.errno == errno.ESRCH
+    uprobes.close()
+    loaded.close()
     assert open_descriptors() == before
