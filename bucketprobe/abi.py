@@ -198,6 +198,7 @@ class EndEvent(ctypes.Structure):
     `client_ns`: the socket was empty and the request not yet whole; of that, `client_out_ns` outside of reads. `server_ns`: its
     bytes lay unread, with no read under way. `print_*`: keyed hashes of the first bytes of the bodies, `printed_*` of how many.
     `gap_ns`: on-CPU time of its own thread between reading `gap_bytes` and whatever it read or wrote next, in `gaps` pieces.
+    `hash_ns`: of that thread in `hash_calls` calls of a hash function, while those are timed.
     """
 
     _fields_ = (
@@ -225,6 +226,7 @@ class EndEvent(ctypes.Structure):
         ("key", U64),
         ("gap_ns", U64),
         ("gap_bytes", U64),
+        ("hash_ns", U64),
         ("printed_in", U32),
         ("printed_out", U32),
         ("sequence", U32),
@@ -237,6 +239,8 @@ class EndEvent(ctypes.Structure):
         ("framed", U32),
         ("lost_files", U32),
         ("gaps", U32),
+        ("hash_calls", U32),
+        ("pad", U32),
     )
 
 

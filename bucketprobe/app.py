@@ -21,6 +21,7 @@ from bucketprobe.config import FileClasses, Settings
 from bucketprobe.errors import BucketprobeError
 from bucketprobe.exporters.jsonl import JsonLines, open_records
 from bucketprobe.exporters.prometheus import CONTENT_TYPE, PrometheusText
+from bucketprobe.integrity import Hasher
 from bucketprobe.link import BrokerLink, log
 from bucketprobe.model import OUTCOMES, Request, Share
 from bucketprobe.sinks.attribution import AttributionSink
@@ -234,12 +235,12 @@ class Agent:
                     for gen, _fd, path, flags in message["files"]:
                         self._tracker.learn_file(gen, path, flags)
                 case "hasher":
-                    proven, outside_ns, family = message["proven"], message["outside_ns"], message["family"]
-                    self._tracker.learn_hasher(message["tgid"], family, proven=proven, outside_ns=outside_ns)
+                    hasher = Hasher(message["family"], message["proven"], message["valued"], message["outside_ns"])
+                    self._tracker.learn_hasher(message["tgid"], hasher)
                 case "hashed":
                     self._tracker.learn_hashing(message["tgid"], message["bytes"], message["ns"], message["from"], message["until"])
                 case "probing":
-                    self._tracker.learn_probing(message["tgid"], on=message["on"], at_ns=message["at"])
+                    self._tracker.learn_probing(message["tgid"], message["part"], on=message["on"], at_ns=message["at"])
                 case "digests":
                     self._hashing = message
                 case "records":

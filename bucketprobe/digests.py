@@ -214,8 +214,7 @@ class Watched:
             self._take_off(part, now_ns)
 
     def _take_off(self, part: Part, now_ns: int) -> None:
-        if part == "value":
-            self._tell({"op": "probing", "tgid": self.tgid, "on": False, "at": now_ns})
+        self._tell({"op": "probing", "tgid": self.tgid, "part": part, "on": False, "at": now_ns})
         self._kernel.detach(self._on.pop(part))
 
     def _account(self, now_ns: int, sums: Sums, cpu_ns: int) -> None:
@@ -247,9 +246,8 @@ class Watched:
             return
         self._on[part] = attached
         self.windows += 1
-        if part == "value":
-            self._tell({"op": "probing", "tgid": self.tgid, "on": True, "at": self._kernel.now_ns()})
-        elif self._sums:
+        self._tell({"op": "probing", "tgid": self.tgid, "part": part, "on": True, "at": self._kernel.now_ns()})
+        if part == "time" and self._sums:
             self._told, self._told_ns = self._sums, now_ns
 
     def _tell_time(self, now_ns: int, sums: Sums) -> None:

@@ -158,6 +158,7 @@ class Hashing(threading.Thread):
                 "tgid": tgid,
                 "proven": all(self._proven.get(each.inode) == "" for each in usable if each.value),
                 "outside_ns": process.watched.outside_ns,
+                "valued": any(each.value for each in usable),
                 "family": family,
             }
         )

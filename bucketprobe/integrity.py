@@ -95,23 +95,44 @@ class Seen:
         return same and (at_once or (before.timed is not None and self.timed is None))
 
 
+@dataclass(frozen=True, slots=True)
+class Hasher:
+    """What hashes in a process. `family`: the same for all that run the same; `proven`: its values are known to be read right;
+    `valued`: they can be read at all; `outside_ns`: by how much a timed call takes longer than its probes see."""
+
+    family: str = ""
+    proven: bool = False
+    valued: bool = True
+    outside_ns: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OfThread:
+    """What a request's own thread did, where it had no other: its gaps, and the time in `calls` calls of a hash function."""
+
+    gaps: Gaps
+    hash_ns: int = 0
+    calls: int = 0
+
+
 class Digests:
     """The digests of one process that no request has yet, and how it hashes.
 
     `proven`: whether its values are known to be read right: a self-test said so, or one was what a request had declared.
-    `outside_ns`: by how much a timed call takes longer than its probes see. `unattributed`: how many were no request's.
+    `unattributed`: how many were no request's.
     """
 
     def __init__(self) -> None:
         self.time = HashTime()
         self.proven = False
-        self.outside_ns = 0.0
+        self.hasher = Hasher()
         self.unattributed = 0
         self._unclaimed: deque[Seen] = deque()
         self._last: dict[int, Seen] = {}  # by thread
         self._by_socket = [0, 0]  # how often the socket that its thread had used last was its request's, and was not
         self._habits: dict[str, deque[float]] = {}
-        self._seen: deque[list[int]] = deque(maxlen=INTERVALS)  # from when until when values were seen; 0: still
+        # From when until when values were seen, and calls timed; 0: still.
+        self._probed: dict[str, deque[list[int]]] = {"value": deque(maxlen=INTERVALS), "time": deque(maxlen=INTERVALS)}
 
     def continues(self, tid: int, size: int) -> bool:
         """Whether the last digest of that thread was of so many bytes: more may have gone to the same hash since."""
@@ -133,16 +154,17 @@ class Digests:
             self._unclaimed.popleft()
             self.unattributed += 1
 
-    def probing(self, on: bool, at_ns: int) -> None:
-        """Values are seen from now on, or not any more."""
+    def probing(self, part: str, on: bool, at_ns: int) -> None:
+        """Values are seen from now on, or calls timed, or not any more."""
+        intervals = self._probed[part]
         if on:
-            self._seen.append([at_ns, 0])
-        elif self._seen:
-            self._seen[-1][1] = at_ns
+            intervals.append([at_ns, 0])
+        elif intervals:
+            intervals[-1][1] = at_ns
 
-    def covers(self, from_ns: int, until_ns: int) -> bool:
-        """Whether all digests of that time were seen."""
-        return any(on <= from_ns and (not off or until_ns <= off) for on, off in self._seen)
+    def covers(self, part: str, owner: Owner) -> bool:
+        """Whether all digests of a request's time were seen, or timed."""
+        return any(on <= owner.begun_ns and (not off or owner.ended_ns <= off) for on, off in self._probed[part])
 
     def awaits(self, owner: Owner) -> bool:
         """Whether one that nobody has may be the request's, which has none."""
@@ -320,7 +342,14 @@ def _algorithm(value: str) -> str:
 
 
 def report(
-    digests: Digests, owner: Owner, operation: str, sent: int, gaps: Gaps, read_back: Sequence[tuple[int, int]], *, answered_mismatch: bool
+    digests: Digests,
+    owner: Owner,
+    operation: str,
+    sent: int,
+    thread: OfThread,
+    read_back: Sequence[tuple[int, int]],
+    *,
+    answered_mismatch: bool,
 ) -> Digest:
     """What the record says of a request's digests. `sent`: bytes of its answer's body; `answered_mismatch`: whether the answer means
     that the declared digest is not the body's."""
@@ -332,29 +361,41 @@ def report(
     if not digests.proven:
         judged = Judgement(None, None, ())
     hashed = sum(seen.hashed for seen in owner.digests)
-    covered = digests.covers(owner.begun_ns, owner.ended_ns)
-    if covered and whole and size:
+    timed = _timed(digests, owner, operation, thread, size)
+    if digests.covers("value", owner) and whole and size:
         digests.learn_habit(operation, hashed, size)
-    elif not covered:
-        hashed = max(hashed, digests.by_habit(operation, size))
-    each = [seen.timed for seen in owner.digests]
-    known = [timed for timed in each if timed]
-    timed = Timed(sum(t.ns for t in known), sum(t.bytes for t in known), sum(t.calls for t in known)) if known and all(each) else None
-    if owner.digests and not known:
-        digests.time.ended(owner.ended_ns, gaps, hashed)
-    estimate = digests.time.estimate(hashed, timed, gaps)
+    elif not owner.digests:
+        hashed = digests.by_habit(operation, size)
+    if owner.digests and not any(seen.timed for seen in owner.digests):
+        digests.time.ended(owner.ended_ns, thread.gaps, hashed)
+    estimate = digests.time.estimate(hashed, timed, thread.gaps)
     mismatch: MismatchSource | None
     mismatch = "computed" if judged.result == "mismatch" else "answer" if answered_mismatch and judged.result is None else None
+    # Which of several it is that were there at once, order does not tell; that none has the declared one, it does.
+    shown = judged.computed if judged.computed and judged.computed.evidence != "order" else None
     return Digest(
         source=estimate.source if estimate else "none",
         error_pct=estimate.error_pct if estimate else None,
         ns=estimate.ns if estimate else None,
         bytes=hashed or None,
         declared=owner.declared,
-        # Which of several it is that were there at once, order does not tell; that none has the declared one, it does.
-        computed=judged.computed.value if judged.computed and judged.computed.evidence != "order" else None,
+        computed=shown.value if shown else None,
         evidence=judged.computed.evidence if judged.computed else None,
         result=judged.result,
         mismatch=mismatch,
         verified=judged.verified,
     )
+
+
+def _timed(digests: Digests, owner: Owner, operation: str, thread: OfThread, size: int) -> Timed | None:
+    """The time of all of a request's calls, where all were timed."""
+    each = [seen.timed for seen in owner.digests]
+    known = [timed for timed in each if timed]
+    if known and len(known) == len(each):
+        return Timed(sum(timed.ns for timed in known), sum(timed.bytes for timed in known), sum(timed.calls for timed in known))
+    if digests.hasher.valued or not digests.covers("time", owner) or not size:
+        return None
+    # Of what the calls were is not known, but they were the request's. What they took tells what others' take, by the size of the body.
+    digests.learn_habit(operation, size if thread.calls else 0, size)
+    digests.time.measured(size, thread.hash_ns, owner.begun_ns, owner.ended_ns)
+    return Timed(thread.hash_ns + thread.calls * digests.hasher.outside_ns, 0, thread.calls)

@@ -361,9 +361,8 @@ class Uprobes:
         for site in sites:
             by_program.setdefault((site.program, site.returns), []).append(site.offset)
         opened: list[int] = []
-        # What ends a call goes first: of one that is under way when its beginning is attached, only the end would be seen.
         try:
-            for (name, returns), offsets in sorted(by_program.items(), key=lambda item: not item[0][1]):
+            for (name, returns), offsets in by_program.items():
                 program = self._programs[name]
                 if self.multi:
                     opened.append(bpf.uprobe_multi_open(program, path, offsets, tgid, returns=returns))

@@ -213,12 +213,12 @@ class Tracker:
         """A target has an io_uring ring: file work may go through it unseen."""
         self._process(tgid).uring = True
 
-    def learn_hasher(self, tgid: int, family: str, *, proven: bool, outside_ns: float) -> None:
-        """What hashes in a target was found. `family`: the same for all that run the same; `proven`: its values are known to be read
-        right; `outside_ns`: by how much a call takes longer for being timed than its probes see."""
+    def learn_hasher(self, tgid: int, hasher: integrity.Hasher) -> None:
+        """What hashes in a target was found."""
         digests = self._process(tgid).digests
-        digests.proven, digests.outside_ns = proven, outside_ns
-        digests.time = self._families.setdefault(family, digests.time)
+        digests.hasher = hasher
+        digests.proven = hasher.proven
+        digests.time = self._families.setdefault(hasher.family, digests.time)
         if len(self._families) > MAX_FAMILIES:
             self._families.pop(next(iter(self._families)))
 
@@ -226,9 +226,9 @@ class Tracker:
         """A target's calls of its hash function took so long, between these two stamps."""
         self._process(tgid).digests.time.measured(nbytes, ns, from_ns, until_ns)
 
-    def learn_probing(self, tgid: int, *, on: bool, at_ns: int) -> None:
-        """The values of a target's digests are seen from then on, or not any more."""
-        self._process(tgid).digests.probing(on, at_ns)
+    def learn_probing(self, tgid: int, part: str, *, on: bool, at_ns: int) -> None:
+        """The values of a target's digests are seen from then on, or not any more; or its calls are timed (`part`: value or time)."""
+        self._process(tgid).digests.probing(part, on, at_ns)
 
     def unattributed_digests(self) -> int:
         """Digests that were no request's."""
@@ -717,9 +717,9 @@ class Tracker:
         # 400 has other reasons, too; they are ruled out as far as the head tells.
         well_formed = head and all(head.headers.get(name) for name in _REQUIRED) and request.route.version
         answered = event.status == 400 and request.route.operation == "write" and well_formed and live.declared and live.received_ns
-        gaps = Gaps(event.gap_ns, event.gap_bytes, event.gaps)
+        seen = integrity.OfThread(Gaps(event.gap_ns, event.gap_bytes, event.gaps), event.hash_ns, event.hash_calls)
         return integrity.report(
-            process.digests, live, request.route.operation, event.bytes_out, gaps, read_back, answered_mismatch=bool(answered and live.size)
+            process.digests, live, request.route.operation, event.bytes_out, seen, read_back, answered_mismatch=bool(answered and live.size)
         )
 
     @staticmethod
@@ -812,7 +812,7 @@ def _timed(event: Any, digests: integrity.Digests) -> Timed | None:
         if not padded <= event.timed_bytes <= 1.01 * padded:
             return None
         share = padded / event.timed_bytes
-    return Timed(share * (event.ns + event.calls * digests.outside_ns), nbytes, event.calls) if event.calls else None
+    return Timed(share * (event.ns + event.calls * digests.hasher.outside_ns), nbytes, event.calls) if event.calls else None
 
 
 def _known(printed: int) -> int:

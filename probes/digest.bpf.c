@@ -70,6 +70,8 @@ INLINE int end(struct thread *t)
 	__sync_fetch_and_add(&sums->calls, 1);
 	__sync_fetch_and_add(&sums->bytes, t->hash_bytes);
 	__sync_fetch_and_add(&sums->ns, ns);
+	t->hashed_ns += ns;
+	t->hashes++;
 	key.ctx = t->hash_ctx;
 	h = map_lookup(MAP(HASHES), &key);
 	if (h && !h->done) {

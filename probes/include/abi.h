@@ -311,6 +311,7 @@ struct bp_end_event {
 	__u64 key;
 	__u64 gap_ns;
 	__u64 gap_bytes;
+	__u64 hash_ns;
 	__u32 printed_in;
 	__u32 printed_out;
 	__u32 sequence;
@@ -323,8 +324,10 @@ struct bp_end_event {
 	__u32 framed;
 	__u32 lost_files;
 	__u32 gaps;
+	__u32 hash_calls;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct bp_end_event) == 256, "bp_end_event");
+_Static_assert(sizeof(struct bp_end_event) == 272, "bp_end_event");
 _Static_assert(__builtin_offsetof(struct bp_end_event, h) == 0, "bp_end_event.h");
 _Static_assert(__builtin_offsetof(struct bp_end_event, conn) == 24, "bp_end_event.conn");
 _Static_assert(__builtin_offsetof(struct bp_end_event, start_ns) == 32, "bp_end_event.start_ns");
@@ -349,18 +352,21 @@ _Static_assert(__builtin_offsetof(struct bp_end_event, print_out) == 176, "bp_en
 _Static_assert(__builtin_offsetof(struct bp_end_event, key) == 184, "bp_end_event.key");
 _Static_assert(__builtin_offsetof(struct bp_end_event, gap_ns) == 192, "bp_end_event.gap_ns");
 _Static_assert(__builtin_offsetof(struct bp_end_event, gap_bytes) == 200, "bp_end_event.gap_bytes");
-_Static_assert(__builtin_offsetof(struct bp_end_event, printed_in) == 208, "bp_end_event.printed_in");
-_Static_assert(__builtin_offsetof(struct bp_end_event, printed_out) == 212, "bp_end_event.printed_out");
-_Static_assert(__builtin_offsetof(struct bp_end_event, sequence) == 216, "bp_end_event.sequence");
-_Static_assert(__builtin_offsetof(struct bp_end_event, tid) == 220, "bp_end_event.tid");
-_Static_assert(__builtin_offsetof(struct bp_end_event, recv_calls) == 224, "bp_end_event.recv_calls");
-_Static_assert(__builtin_offsetof(struct bp_end_event, send_calls) == 228, "bp_end_event.send_calls");
-_Static_assert(__builtin_offsetof(struct bp_end_event, status) == 232, "bp_end_event.status");
-_Static_assert(__builtin_offsetof(struct bp_end_event, flags) == 236, "bp_end_event.flags");
-_Static_assert(__builtin_offsetof(struct bp_end_event, lost) == 240, "bp_end_event.lost");
-_Static_assert(__builtin_offsetof(struct bp_end_event, framed) == 244, "bp_end_event.framed");
-_Static_assert(__builtin_offsetof(struct bp_end_event, lost_files) == 248, "bp_end_event.lost_files");
-_Static_assert(__builtin_offsetof(struct bp_end_event, gaps) == 252, "bp_end_event.gaps");
+_Static_assert(__builtin_offsetof(struct bp_end_event, hash_ns) == 208, "bp_end_event.hash_ns");
+_Static_assert(__builtin_offsetof(struct bp_end_event, printed_in) == 216, "bp_end_event.printed_in");
+_Static_assert(__builtin_offsetof(struct bp_end_event, printed_out) == 220, "bp_end_event.printed_out");
+_Static_assert(__builtin_offsetof(struct bp_end_event, sequence) == 224, "bp_end_event.sequence");
+_Static_assert(__builtin_offsetof(struct bp_end_event, tid) == 228, "bp_end_event.tid");
+_Static_assert(__builtin_offsetof(struct bp_end_event, recv_calls) == 232, "bp_end_event.recv_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, send_calls) == 236, "bp_end_event.send_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, status) == 240, "bp_end_event.status");
+_Static_assert(__builtin_offsetof(struct bp_end_event, flags) == 244, "bp_end_event.flags");
+_Static_assert(__builtin_offsetof(struct bp_end_event, lost) == 248, "bp_end_event.lost");
+_Static_assert(__builtin_offsetof(struct bp_end_event, framed) == 252, "bp_end_event.framed");
+_Static_assert(__builtin_offsetof(struct bp_end_event, lost_files) == 256, "bp_end_event.lost_files");
+_Static_assert(__builtin_offsetof(struct bp_end_event, gaps) == 260, "bp_end_event.gaps");
+_Static_assert(__builtin_offsetof(struct bp_end_event, hash_calls) == 264, "bp_end_event.hash_calls");
+_Static_assert(__builtin_offsetof(struct bp_end_event, pad) == 268, "bp_end_event.pad");
 
 struct bp_open_event {
 	struct bp_header h;

@@ -136,7 +136,8 @@ struct thread {
 	__u64 final_to, final_ctx, final_bytes; /* the digest under way: where its value is put, from which state, of how many bytes */
 	__u32 final_algorithm;
 	__u32 gaps, gap_cpu;
-	__u32 unused;
+	__u32 hashes; /* calls of hash functions for the request that it works on, */
+	__u64 hashed_ns; /* and the time in them */
 };
 
 /* fds: key = tgid << 32 | fd, value = struct bp_fd_entry; from open, accept, dup or first use until close. */
@@ -712,6 +713,8 @@ INLINE void bind(struct thread *t, __u64 sk, struct conn *c, struct slot *s)
 	t->gap_ns = 0;
 	t->gap_bytes = 0;
 	t->gaps = 0;
+	t->hashes = 0;
+	t->hashed_ns = 0;
 	t->runqueue_ns = 0;
 	t->lost = 0;
 }
@@ -765,6 +768,8 @@ INLINE void end_emit(struct conn *c, struct slot *s, struct thread *t, __u32 out
 		e.gap_ns = t->gap_ns;
 		e.gap_bytes = t->gap_bytes;
 		e.gaps = t->gaps;
+		e.hash_ns = t->hashed_ns;
+		e.hash_calls = t->hashes;
 	}
 	stat_add(ST_COMPLETE + outcome, 1);
 	emit(&e, sizeof(e), ST_RING_END);

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -102,7 +103,12 @@ class World:
     """A process that is watched as the broker does: a look whenever the one before asked for it."""
 
     def __init__(
-        self, *, time: float | None = 0.002, value: float | None = 0.002, process: Process | None = None, found: Sequence[Provider] = (OPENSSL,)
+        self,
+        *,
+        time: float | None = 0.002,
+        value: float | None = 0.002,
+        process: Process | None = None,
+        found: Sequence[Provider] = (OPENSSL,),
     ) -> None:
         self.process = process or Process()
         self.told: list[dict[str, Any]] = []
@@ -168,7 +174,9 @@ def test_what_was_not_measured_is_assumed_to_be_dear() -> None:
 MEASURED = st.floats(0.0, 50_000.0)
 
 
-@given(MEASURED, MEASURED, MEASURED, st.sampled_from([UPDATE, FINAL, (site("go_check"), site("go_sum")), (site("go_begin"), site("go_end"))]))
+@given(
+    MEASURED, MEASURED, MEASURED, st.sampled_from([UPDATE, FINAL, (site("go_check"), site("go_sum")), (site("go_begin"), site("go_end"))])
+)
 def test_a_hit_is_never_for_nothing_nor_a_gain(entry: float, pair: float, final: float, sites: tuple[Site, ...]) -> None:
     """Each is measured by itself, on a host that may be busy: noise must not make the probes free."""
     assert Prices(entry, pair, final, 24_000.0, measured=True).call(sites) > 0
@@ -438,7 +446,7 @@ def test_each_window_is_told_once_with_its_calls_and_without_the_probes_own_time
         assert message["bytes"] == message["calls"] * world.process.bytes_a_call
         assert message["ns"] == pytest.approx(message["calls"] * world.process.ns_a_call, rel=1e-6)
         assert 0 < message["until"] - message["from"] <= TELL_NS + LATE_NS
-    for before, after in zip(told, told[1:], strict=False):
+    for before, after in pairwise(told):
         assert before["until"] <= after["from"]
 
 
