@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import budget
 import cpu
 import digest
 import memory
@@ -46,6 +47,7 @@ PARTS: dict[str, Callable[[Rig], Part]] = {
     "resolver": resolver.measure,
     "throughput": throughput.measure,
     "digest": digest.measure,
+    "budget": budget.measure,
 }
 #: A case of 1 MiB artifacts fills so much between two clearings, on a fast host.
 STORE_BYTES = 6 << 30

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +24,28 @@ from rig import Agent, Bucket, Rig, on_cpus
 from uploads import Uploads
 
 from bucketprobe.config import DigestSpec
+from bucketprobe.digests import GRANT_NS, PARTS
 from bucketprobe.errors import BucketprobeError
 
 KIB = 1 << 10
 #: As many server processes as clients, so that the servers' CPU is never idle; more would only share one account among more.
 WORKERS = 2
 PIECES = 4
+#: What a hit is priced by: a call that is timed, and one that gives a value.
+PROBES = ("update", "final")
 ATTACH_SECONDS = 30.0
 #: The broker tells its accounts once a second.
 TOLD_SECONDS = 1.2
-#: A server's grant is spent when it costs no more than this times its budget, or after so many seconds of load.
-SETTLED, SETTLE_SECONDS = 1.5, 6
+#: How grants are spent: uploads of so many bytes, that many hits come with little CPU, until so much of them is gone, or so many looks.
+SPEND_BYTES, SPENT, SPEND_LOOKS = KIB, 0.9, 10
+SPEC = DigestSpec()
+SHARES: dict[str, float] = {"time": SPEC.time_budget_pct / 100, "value": (SPEC.total_budget_pct - SPEC.time_budget_pct) / 100}
 #: An agent reads its events at least every 100 ms: what one has left over must not be another's.
 DRAIN_SECONDS = 0.12
 
-COST, TARGET_CPU, ATTACHED = "bucketprobe_digest_cost_seconds_total", "bucketprobe_target_cpu_seconds_total", "bucketprobe_digest_attached"
+COST, TARGET_CPU, ATTACHED, PRICE = (
+    f"bucketprobe_{name}" for name in ("digest_cost_seconds_total", "target_cpu_seconds_total", "digest_attached", "digest_hit_seconds")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +94,14 @@ def measure(rig: Rig) -> Part:
     part = Part("digest", note(rig, kind))
     servers, others = cpus()
     found = {case: Compared([], [], {"auto": [], "always": []}) for case in CASES}
+    prices: dict[str, list[float]] = {probe: [] for probe in PROBES}
     with on_cpus(others), ExitStack() as stack:
         sides = [{case: stack.enter_context(server(rig, case, servers)) for case in CASES} for _ in range(2)]
         for stage, (off, on) in enumerate([(0, 1), (1, 0)]):
-            compare(rig, part, f"auto, stage {stage + 1} of 2", "auto", sides[off], sides[on], rig.plan.digest_pairs, found)
-        compare(rig, part, "always", "always", sides[1], sides[0], rig.plan.digest_always_pairs, found)
+            compare(rig, part, f"auto, stage {stage + 1} of 2", "auto", sides[off], sides[on], rig.plan.digest_pairs, found, prices)
+        compare(rig, part, "always", "always", sides[1], sides[0], rig.plan.digest_always_pairs, found, prices)
+    for probe, seconds in prices.items():
+        part.add(f"price of a hit, {probe}", "us", [1e6 * each for each in seconds])
     for case, compared in found.items():
         add(part, case, compared)
     return part
@@ -113,12 +123,8 @@ def cpus() -> tuple[set[int], set[int]]:
     return ({first}, set(others)) if others else ({first}, {first})
 
 
-@contextmanager
-def server(rig: Rig, case: Case, cpus: set[int]) -> Iterator[Bucket]:
-    with ExitStack() as stack:
-        with on_cpus(cpus):
-            bucket = stack.enter_context(rig.bucket("prefork", "--chunk-size", str(case.chunk), "--fill", workers=WORKERS))
-        yield bucket
+def server(rig: Rig, case: Case, cpus: set[int]) -> AbstractContextManager[Bucket]:
+    return rig.bucket("prefork", "--chunk-size", str(case.chunk), "--fill", workers=WORKERS, cpus=cpus)
 
 
 def compare(
@@ -130,16 +136,24 @@ def compare(
     on: Mapping[Case, Bucket],
     pairs: int,
     found: Mapping[Case, Compared],
+    prices: Mapping[str, list[float]],
 ) -> None:
     """One stage: an agent that does not look at digests on one side's servers, one that does on the other's."""
     rig.progress(f"{part.name}: {name}")
     with rig.agent([*target(off), "--digest", "off"]) as idle, rig.agent([*target(on), "--digest", mode]) as looking:
         await_attached(looking, len(CASES) * WORKERS)
+        metrics = looking.metrics()
+        for probe, seconds in prices.items():
+            seconds.append(metrics[f'{PRICE}{{probe="{probe}"}}'])
         own = {idle.broker_pid, looking.broker_pid}
         for case in CASES:
             rig.progress(f"{part.name}: {name}, {case.name}")
             clients = [Uploads(bucket.port, case.size, WORKERS) for bucket in (off[case], on[case])]
-            settle(looking, on[case], clients[1])
+            if mode == "auto":
+                spend_grants(looking, on[case])
+            for side in (False, True):
+                run(rig, (off, on)[side][case], clients[side])
+            time.sleep(TOLD_SECONDS)
             before = accounts(looking)
             rounds: list[Rounds] = []
             for order in alternate(pairs):
@@ -150,7 +164,7 @@ def compare(
                 part.pairs += 1
                 part.disturbed += not system_call_tracers() <= own
             time.sleep(TOLD_SECONDS)
-            found[case].accounts[mode].append(share(before, accounts(looking)))
+            found[case].accounts[mode].append(accounts(looking).since(before).share)
             if mode == "always":
                 found[case].always = rounds
             else:
@@ -173,27 +187,49 @@ def await_attached(agent: Agent, processes: int) -> None:
         time.sleep(0.1)
 
 
-def accounts(agent: Agent) -> tuple[float, float]:
-    """What digests cost so far and what the servers used, CPU seconds, by the agent's own account."""
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """By the agent's own account, CPU seconds so far: what digests cost by what they were looked at for, and what the servers used."""
+
+    cost: Mapping[str, float]
+    cpu: float
+
+    def since(self, before: Accounts) -> Accounts:
+        return Accounts({name: value - before.cost[name] for name, value in self.cost.items()}, self.cpu - before.cpu)
+
+    @property
+    def share(self) -> float:
+        """Of the servers' CPU. Raises BucketprobeError where the agent saw none of it."""
+        if self.cpu <= 0:
+            raise BucketprobeError("The agent does not tell what its targets use of the CPU: run the bench again.")
+        return sum(self.cost.values()) / self.cpu
+
+
+def accounts(agent: Agent) -> Accounts:
     metrics = agent.metrics()
-    return sum(value for name, value in metrics.items() if name.startswith(f"{COST}{{")), metrics.get(TARGET_CPU, 0.0)
+    return Accounts({name: metrics[f'{COST}{{part="{name}"}}'] for name in PARTS}, metrics.get(TARGET_CPU, 0.0))
 
 
-def share(before: tuple[float, float], after: tuple[float, float]) -> float:
-    return (after[0] - before[0]) / (after[1] - before[1])
-
-
-def settle(agent: Agent, bucket: Bucket, clients: Uploads) -> None:
-    """Warms a server up, until the grants of its accounts are spent."""
-    budget = DigestSpec().total_budget_pct / 100
-    before = accounts(agent)
-    for _ in range(SETTLE_SECONDS):
+def spend_grants(agent: Agent, bucket: Bucket) -> None:
+    """Until nothing of importance is left of what the accounts of this server's processes began with."""
+    clients = Uploads(bucket.port, SPEND_BYTES, WORKERS)
+    begin = before = accounts(agent)
+    for _ in range(SPEND_LOOKS):
         bucket.clear()
         clients.run(TOLD_SECONDS)
-        after = accounts(agent)
-        if after[1] > before[1] and share(before, after) <= SETTLED * budget:
+        now = accounts(agent)
+        if are_spent(now.since(begin), now.since(before)):
             break
-        before = after
+        before = now
+
+
+def are_spent(ever: Accounts, lately: Accounts) -> bool:
+    """Whether each grant is spent, or is not going to be, as hits cost less than what is paid in."""
+    return all(
+        ever.cost[name] - SHARES[name] * ever.cpu >= SPENT * WORKERS * GRANT_NS[name] / 1e9
+        or lately.cost[name] <= SHARES[name] * lately.cpu
+        for name in PARTS
+    )
 
 
 def run(rig: Rig, bucket: Bucket, clients: Uploads) -> Round:

@@ -143,7 +143,7 @@ def largest_share(readings: Sequence[tuple[float, float, float]], span: float) -
     """
     shares = []
     for i, (begin, part, whole) in enumerate(readings):
-        end = next((later for later in readings[i:] if later[0] - begin >= span), None)
+        end = next((later for later in readings[i + 1 :] if later[0] - begin >= span), None)
         if end is not None and end[2] > whole:
             shares.append((end[1] - part) / (end[2] - whole))
     return max(shares)

@@ -161,10 +161,18 @@ class Rig:
 
     @contextmanager
     def started(
-        self, command: Sequence[str], log: Path, stdin: int = subprocess.DEVNULL, stdout: int | None = None
+        self,
+        command: Sequence[str],
+        log: Path,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
+        cpus: Collection[int] | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A process in a group of its own, so that a Ctrl-C reaches only the bench, which then ends all in order."""
-        with log.open("ab") as out:
+        """A process in a group of its own, so that a Ctrl-C reaches only the bench, which then ends all in order.
+
+        `cpus`: those that it and its children run on; None: ours.
+        """
+        with log.open("ab") as out, on_cpus(cpus or os.sched_getaffinity(0)):
             process = subprocess.Popen(
                 command, stdin=stdin, stdout=out if stdout is None else stdout, stderr=out, process_group=0, env=environment()
             )
@@ -174,11 +182,11 @@ class Rig:
             end(process)
 
     @contextmanager
-    def bucket(self, model: str, *options: str, workers: int = CONNECTIONS) -> Iterator[Bucket]:
+    def bucket(self, model: str, *options: str, workers: int = CONNECTIONS, cpus: Collection[int] | None = None) -> Iterator[Bucket]:
         """A reference server. `options`: more of its command line."""
         root, log = self.store / f"bucket-{next(self._numbers)}", self.fresh("bucket.log")
         command = [sys.executable, "-m", "bucketprobe.demo.bucket", "--port", "0", "--root", str(root), "--model", model]
-        with self.started([*command, "--workers", str(workers), *options], log) as process:
+        with self.started([*command, "--workers", str(workers), *options], log, cpus=cpus) as process:
             port = int(self._announced(process, log, r"listening on http://127\.0\.0\.1:(\d+)"))
             yield Bucket(port, root, process.pid)
         subprocess.run(["rm", "-rf", str(root)], check=True)

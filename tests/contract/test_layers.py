@@ -64,7 +64,22 @@ ALLOWED: dict[str, list[str]] = {
     "stats": ["abi", "bpf"],
     # The half that stays: without what only the broker needs, since each import is resident memory.
     "app": [
-        *("errors", "model", "abi", "bpf", "capture", "catalog", "config", "decode", "link", "privileges", "stats", "tracker", "web"),
+        *(
+            "errors",
+            "model",
+            "abi",
+            "bpf",
+            "capture",
+            "catalog",
+            "config",
+            "decode",
+            "integrity",
+            "link",
+            "privileges",
+            "stats",
+            "tracker",
+            "web",
+        ),
         *("sinks.*", "exporters.*"),
     ],
     "cli": ["*"],

@@ -6,6 +6,7 @@ Breakpoints are looked for where they would be: in the target's memory, against 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +49,7 @@ StartAgent = Callable[..., Agent]
 
 KIB = 1024
 INT3 = 0xCC
+PIDFD_GETFD = 438
 #: What is promised of a detach, in seconds.
 DETACHED = 1.0
 SIZES = (1, 55, 64, 65_536, 65_537, 200_001, (1 << 20) + 7)
@@ -670,8 +673,7 @@ def test_another_program_takes_its_place(start_agent: StartAgent, base: Path, un
     agent = start_agent("--port", str(port), "--digest", "always", ready=False)
 
     def upload(pid: int) -> None:
-        await_that(f"its digests are seen in {pid}", lambda: f"pid {pid}: digests by " in agent.log(), 30)
-        await_values(agent)
+        await_probes(pid, provider(pid))
         request_id = unique_id()
         with Client(port) as client:
             assert client.ask(put(request_id, body)) == (201, sha256(body).encode())
@@ -691,7 +693,6 @@ def test_another_program_takes_its_place(start_agent: StartAgent, base: Path, un
         assert server.process.stdout
         assert server.process.stdout.readline() == "listening\n"
         assert os.readlink(f"/proc/{server.pid}/exe") == os.path.realpath(node)
-        await_that("it is seen that it is Node", lambda: agent.log().count(f"pid {server.pid}: digests by ") == 2, 30)
         upload(server.pid)
 
 
@@ -704,7 +705,6 @@ def test_targets_that_are_killed_while_probes_come(start_agent: StartAgent, base
     def serve_one() -> None:
         with Hasher(port, base) as server:
             await_probes(server.pid, provider(server.pid))
-            await_values(agent)
             request_id = unique_id()
             with server.connect() as client:
                 assert client.ask(put(request_id, body))[0] == 201
@@ -791,3 +791,119 @@ def test_a_library_that_is_not_what_it_says(start_agent: StartAgent, base: Path,
                 assert (digest["computed"], digest["result"], digest["mismatch_source"]) == (None, None, None)
         assert changed(server.pid, found.library) == {}
         assert agent.metrics()["bucketprobe_digest_mismatches_accepted_total"] == 0
+
+
+# --- without the agent, and what it costs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def codes(cache_dir: Path) -> Iterator[tuple[dict[str, int], dict[str, bytes]]]:
+    """The maps by name, and the programs that go to places in binaries, as the kernel takes them."""
+    programs = program.compiled(str(cache_dir), print)
+    bpf.raise_memlock_limit()
+    maps = program.create_maps(programs, {"events": 1 << 16})
+    offsets = program.kernel_offsets(str(cache_dir), print)
+    yield maps, {name: program.relocated(programs[name], maps, offsets) for name in program.UPROBES}
+    for fd in maps.values():
+        os.close(fd)
+
+
+def test_perf_events_count_the_same(codes: tuple[dict[str, int], dict[str, bytes]], base: Path, unique_id: NewId) -> None:
+    """Where the kernel has no links for many uprobes; these must see the same, and leave as little."""
+    maps, programs = codes
+    sums = {}
+    for multi in (True, False):
+        with Hasher(free_port(), base) as server:
+            found, key = provider(server.pid), struct.pack("=I", server.pid)
+            bpf.map_update(maps["hashing"], key, bytes(abi.HashingEntry()))
+            uprobes = program.Uprobes(programs, multi=multi)
+            attached = uprobes.attach(found.path, (*found.value, *found.time), server.pid)
+            assert changed(server.pid, found.library) == dict.fromkeys(sites(found), INT3)
+            assert uprobe_events() == ""
+            with server.connect() as client:
+                for size in SIZES:
+                    assert client.ask(put(unique_id(), content(size, size), "whole"))[0] == 201
+            for fd in attached:
+                os.close(fd)
+            uprobes.close()
+            assert changed(server.pid, found.library) == {}
+            assert uprobe_events() == ""
+            entry = abi.HashingEntry.from_buffer_copy(bpf.map_lookup(maps["hashing"], key, len(bytes(abi.HashingEntry()))) or b"")
+            sums[multi] = entry.calls, entry.bytes, entry.digests, entry.copies
+            with server.connect() as client:
+                assert client.ask(put(unique_id(), b"after"))[0] == 201
+    # CPython finishes a copy.
+    assert sums[True] == sums[False] == (len(SIZES), sum(SIZES), len(SIZES), len(SIZES))
+
+
+def counted(broker: int, pid: int) -> abi.HashingEntry:
+    """What the kernel counts of a process's digests, read from the agent's own map."""
+    size = len(bytes(abi.HashingEntry()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name in os.listdir(f"/proc/{broker}/fdinfo"):
+        if f"value_size:\t{size}\n" in Path(f"/proc/{broker}/fdinfo/{name}").read_text():
+            process = os.pidfd_open(broker)
+            fd = libc.syscall(PIDFD_GETFD, process, int(name), 0)
+            os.close(process)
+            try:
+                return abi.HashingEntry.from_buffer_copy(bpf.map_lookup(fd, struct.pack("=I", pid), size) or b"")
+            finally:
+                os.close(fd)
+    raise AssertionError("the agent has no such map")
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What the agent says in one moment, in seconds; and calls that the kernel counted."""
+
+    cost: dict[str, float]
+    cpu: float
+    calls: int
+
+    @classmethod
+    def of(cls, agent: Agent, pid: int) -> Bill:
+        metrics = agent.metrics()
+        cost = {part: metrics[f'bucketprobe_digest_cost_seconds_total{{part="{part}"}}'] for part in PARTS}
+        return cls(cost, metrics["bucketprobe_target_cpu_seconds_total"], counted(agent.broker_pids()[0], pid).calls)
+
+    def check(self) -> None:
+        """Within the budget, and what an account is given to begin with."""
+        assert self.cost["time"] <= 0.002 * self.cpu + 0.005, self
+        assert sum(self.cost.values()) <= 0.004 * self.cpu + 0.025, self
+
+
+def test_the_budget_is_kept(start_agent: StartAgent, base: Path) -> None:
+    """Updates come slowly, then ten times as fast and more: as fast as can be, of 16 KiB and of 1 KiB."""
+    with Hasher(free_port(), base) as server:
+        agent = start_agent("--port", str(server.port))
+        await_probes(server.pid, provider(server.pid))
+        slow = int(server.ask(f"/spin/{16 * KIB}/400/0.005"))
+        Bill.of(agent, server.pid).check()
+        for size, seconds in ((16 * KIB, 8), (KIB, 8)):
+            before = Bill.of(agent, server.pid)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                server.ask(f"/spin/{size}/{(64 << 20) // size}/0")
+                Bill.of(agent, server.pid).check()
+            time.sleep(1.5)
+            now = Bill.of(agent, server.pid)
+            now.check()
+            print(size, before, now, slow, agent.metrics()["bucketprobe_digest_windows_total"])
+
+
+def test_a_hit_costs_what_is_charged_for_it(start_agent: StartAgent, base: Path) -> None:
+    """CPU time of the same calls without the agent and with it, against the price and against the bill."""
+    calls = 200_000
+    with Hasher(free_port(), base) as server:
+        spin = f"/spin/64/{calls}/0"
+        alone = [int(server.ask(spin)) for _ in range(3)]
+        agent = start_agent("--port", str(server.port), "--digest", "always")
+        await_probes(server.pid, provider(server.pid))
+        begin = Bill.of(agent, server.pid)
+        probed = [int(server.ask(spin)) for _ in range(3)]
+        price = agent.metrics()['bucketprobe_digest_hit_seconds{probe="update"}']
+        await_that("the costs are told", lambda: Bill.of(agent, server.pid).cost["time"] > begin.cost["time"])
+        time.sleep(1.5)
+        now = Bill.of(agent, server.pid)
+        real = (min(probed) - min(alone)) / calls
+        print("real ns", real, "price ns", price*1e9, "in situ", IN_SITU, "calls", now.calls-begin.calls, "billed per call", (now.cost["time"]-begin.cost["time"])/(now.calls-begin.calls)*1e9)
