@@ -6,7 +6,7 @@ counted in the kernel, and what the process itself takes of the CPU is read besi
 the time of its digests and one for their values: a share of its CPU time is paid in, each hit is taken out. Probes go on when
 there is enough for a while, and off when there is nothing left. Where digests are few they simply stay on; where they are many
 that makes short windows, the further apart the more there are. What was spent never exceeds the share by more than the grant
-that an account begins with.
+that an account begins with and what is spent between two looks at it; what was overdrawn is waited for.
 
 Pure: the kernel and the clock are given. Times in ns, CLOCK_MONOTONIC.
 """
@@ -28,7 +28,7 @@ MOST_NS = {"time": 20_000_000, "value": 100_000_000}
 #: For how long there must be enough before probes go on again: some calls, or some whole uploads.
 AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
 #: How soon the accounts are looked at after probes went on, and at most how late while they are.
-SOON_NS, LATE_NS = 10_000_000, 250_000_000
+SOON_NS, LATE_NS = 10_000_000, 100_000_000
 #: How often a process is looked at that has none on.
 PAUSE_NS = 250_000_000
 #: A hit amid a server's work costs more than one of many in a row, as what it needs is not in the caches: about by so much.

@@ -64,6 +64,7 @@ class Hashing(threading.Thread):
         self._finder = Finder()
         self._uprobes: program.Uprobes | None = None
         self._refused = False
+        self._full = False
         self._prices = Prices()
         self._proven: dict[tuple[int, int], str] = {}  # what is wrong with a library, by inode; "": nothing
         self._named: set[str] = set()  # families of which the log knows
@@ -95,19 +96,35 @@ class Hashing(threading.Thread):
                 if what == "end":
                     break
                 self._drop(tgid)
-                start_ticks = target.start_time(tgid) if what == "watch" else None
-                if start_ticks is not None and len(self._processes) < MAX_PROCESSES:
-                    self._processes[tgid] = _Process(start_ticks)
+                if what == "watch":
+                    self._take_up(tgid)
             now = time.monotonic()
             for tgid, process in list(self._processes.items()):
-                if now >= process.look_at:
-                    self._look(tgid, process, now)
-                if process.watched and time.monotonic_ns() >= process.step_ns:
-                    self._step(tgid, process, process.watched)
-            if self._processes and now - self._told_at >= TELL_SECONDS:
+                try:
+                    self._attend(tgid, process, now)
+                except Exception as error:  # whatever is wrong with one process must not end the others' digests
+                    self._log(f"pid {tgid}: its digests are not looked at any more ({error!r}); report this")
+                    self._processes.pop(tgid, None)
+            if now - self._told_at >= TELL_SECONDS:
                 self._told_at = now
                 self._tell_costs()
         _close([fd for process in self._processes.values() if process.watched for fd in process.watched.descriptors])
+
+    def _take_up(self, tgid: int) -> None:
+        start_ticks = target.start_time(tgid)
+        if start_ticks is None:
+            return
+        if len(self._processes) < MAX_PROCESSES:
+            self._processes[tgid] = _Process(start_ticks)
+        elif not self._full:
+            self._full = True
+            self._log(f"the digests of {MAX_PROCESSES} processes are looked at, and of no more")
+
+    def _attend(self, tgid: int, process: _Process, now: float) -> None:
+        if now >= process.look_at:
+            self._look(tgid, process, now)
+        if process.watched and time.monotonic_ns() >= process.step_ns:
+            self._step(tgid, process, process.watched)
 
     def _next_at(self) -> float:
         times = [process.look_at for process in self._processes.values()]
@@ -167,6 +184,8 @@ class Hashing(threading.Thread):
             self._log(f"pid {tgid}: digests by " + ", ".join(f"{each.kind} in {each.library} ({each.detail})" for each in usable))
 
     def _may_time(self, family: str) -> bool:
+        if self._spec.mode == "always":
+            return True
         watched = (process.watched for process in self._processes.values())
         return sum(each.family == family and each.attached["time"] for each in watched if each) < TIMED_AT_ONCE
 
