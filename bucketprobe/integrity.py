@@ -41,6 +41,8 @@ HABIT, HABIT_REQUESTS = 5, 20
 TRUST_AFTER = 20
 #: No processor hashes a byte in less, ns: what is finished again sooner was not hashed again.
 FASTEST = 0.2
+#: A service does not get to its next request in less CPU time.
+AT_ONCE_NS = 20_000
 
 
 class Owned(Protocol):
@@ -89,10 +91,12 @@ class Seen:
         return self.timed.bytes if self.timed else self.size
 
     def repeats(self, before: Seen) -> bool:
-        """Whether this is the same hash, finished once more: it was not hashed again, or there was no time for it."""
+        """Whether this is the same hash, finished once more: there was no time to hash the bytes again, or, while calls are timed, there
+        were none since."""
         same = before.tid == self.tid and before.value == self.value and before.size == self.size
-        at_once = 0 <= self.ran_ns - before.ran_ns < FASTEST * self.size
-        return same and (at_once or (before.timed is not None and self.timed is None))
+        ran_ns = self.ran_ns - before.ran_ns
+        untimed = before.timed is not None and self.timed is None
+        return same and 0 <= ran_ns < max(FASTEST * self.size, AT_ONCE_NS if untimed else 0)
 
 
 @dataclass(frozen=True, slots=True)

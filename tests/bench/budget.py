@@ -19,6 +19,7 @@ SIZE = 64 * KIB
 #: Uploads per second, one after the other.
 RATES = (100.0, 1_000.0)
 LOOK_SECONDS = 1.0
+SPEND_LOOKS = 20
 SPAN_SECONDS = 10.0
 BUDGET_PCT = SPEC.total_budget_pct
 PERCENT = "% of server CPU"
@@ -36,7 +37,7 @@ def measure(rig: Rig) -> Part:
             await_attached(agent, WORKERS)
             clients = Uploads(bucket.port, SIZE, WORKERS)
             rig.progress("budget: spending what accounts begin with")
-            spend_grants(agent, bucket)
+            spend_grants(agent, bucket, SPEND_LOOKS)
             readings: list[Reading] = []
             for rate in RATES:
                 bucket.clear()

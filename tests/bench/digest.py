@@ -36,8 +36,8 @@ PROBES = ("update", "final")
 ATTACH_SECONDS = 30.0
 #: The broker tells its accounts once a second.
 TOLD_SECONDS = 1.2
-#: How grants are spent: uploads of so many bytes, that many hits come with little CPU, until so much of them is gone, or so many looks.
-SPEND_BYTES, SPENT, SPEND_LOOKS = KIB, 0.9, 10
+#: How grants are spent: by uploads of so many bytes, so that hits are many and cost much of the CPU, until that share of them is gone.
+SPEND_BYTES, SPENT, SPEND_LOOKS = KIB, 0.9, 4
 SPEC = DigestSpec()
 SHARES: dict[str, float] = {"time": SPEC.time_budget_pct / 100, "value": (SPEC.total_budget_pct - SPEC.time_budget_pct) / 100}
 #: An agent reads its events at least every 100 ms: what one has left over must not be another's.
@@ -150,7 +150,7 @@ def compare(
             rig.progress(f"{part.name}: {name}, {case.name}")
             clients = [Uploads(bucket.port, case.size, WORKERS) for bucket in (off[case], on[case])]
             if mode == "auto":
-                spend_grants(looking, on[case])
+                spend_grants(looking, on[case], SPEND_LOOKS)
             for side in (False, True):
                 run(rig, (off, on)[side][case], clients[side])
             time.sleep(TOLD_SECONDS)
@@ -210,11 +210,11 @@ def accounts(agent: Agent) -> Accounts:
     return Accounts({name: metrics[f'{COST}{{part="{name}"}}'] for name in PARTS}, metrics.get(TARGET_CPU, 0.0))
 
 
-def spend_grants(agent: Agent, bucket: Bucket) -> None:
-    """Until nothing of importance is left of what the accounts of this server's processes began with."""
+def spend_grants(agent: Agent, bucket: Bucket, looks: int) -> None:
+    """Until little is left of what the accounts of this server's processes began with, or for so many looks."""
     clients = Uploads(bucket.port, SPEND_BYTES, WORKERS)
     begin = before = accounts(agent)
-    for _ in range(SPEND_LOOKS):
+    for _ in range(looks):
         bucket.clear()
         clients.run(TOLD_SECONDS)
         now = accounts(agent)

@@ -854,7 +854,7 @@ def counted(broker: int, pid: int) -> abi.HashingEntry:
 
 @dataclass(frozen=True)
 class Bill:
-    """What the agent says in one moment, in seconds; and calls that the kernel counted."""
+    """What the agent says in one moment, in seconds, and the hits that the kernel counted by then."""
 
     cost: dict[str, float]
     cpu: float
@@ -862,48 +862,52 @@ class Bill:
 
     @classmethod
     def of(cls, agent: Agent, pid: int) -> Bill:
+        """The kernel's first: what it counts later may not be billed yet."""
+        calls = counted(agent.broker_pids()[0], pid).calls
         metrics = agent.metrics()
         cost = {part: metrics[f'bucketprobe_digest_cost_seconds_total{{part="{part}"}}'] for part in PARTS}
-        return cls(cost, metrics["bucketprobe_target_cpu_seconds_total"], counted(agent.broker_pids()[0], pid).calls)
+        return cls(cost, metrics["bucketprobe_target_cpu_seconds_total"], calls)
 
-    def check(self) -> None:
-        """Within the budget, and what an account is given to begin with."""
-        assert self.cost["time"] <= 0.002 * self.cpu + 0.005, self
-        assert sum(self.cost.values()) <= 0.004 * self.cpu + 0.025, self
+    @property
+    def is_within_budget(self) -> bool:
+        """With what an account is given to begin with, 5 and 20 ms."""
+        return self.cost["time"] <= 0.002 * self.cpu + 0.005 and sum(self.cost.values()) <= 0.004 * self.cpu + 0.025
 
 
 def test_the_budget_is_kept(start_agent: StartAgent, base: Path) -> None:
-    """Updates come slowly, then ten times as fast and more: as fast as can be, of 16 KiB and of 1 KiB."""
+    """Updates come slowly, then as fast as can be: more than ten times as many, of 16 KiB, then of 1 KiB."""
     with Hasher(free_port(), base) as server:
         agent = start_agent("--port", str(server.port))
         await_probes(server.pid, provider(server.pid))
-        slow = int(server.ask(f"/spin/{16 * KIB}/400/0.005"))
-        Bill.of(agent, server.pid).check()
-        for size, seconds in ((16 * KIB, 8), (KIB, 8)):
-            before = Bill.of(agent, server.pid)
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                server.ask(f"/spin/{size}/{(64 << 20) // size}/0")
-                Bill.of(agent, server.pid).check()
-            time.sleep(1.5)
-            now = Bill.of(agent, server.pid)
-            now.check()
-            print(size, before, now, slow, agent.metrics()["bucketprobe_digest_windows_total"])
+        server.ask(f"/spin/{16 * KIB}/200/0.005")
+        bills = [Bill.of(agent, server.pid)]
+        for size, gigabytes in ((16 * KIB, 12), (KIB, 5)):
+            for _ in range(gigabytes):
+                server.ask(f"/spin/{size}/{(1 << 30) // size}/0")
+                bills.append(Bill.of(agent, server.pid))
+        print(*bills, sep="\n")
+        assert [bill for bill in bills if not bill.is_within_budget] == []
+        # It is kept by looking now and then, not by never looking.
+        assert agent.metrics()["bucketprobe_digest_windows_total"] > 3
+        assert bills[-1].cost["time"] > bills[1].cost["time"]
 
 
 def test_a_hit_costs_what_is_charged_for_it(start_agent: StartAgent, base: Path) -> None:
-    """CPU time of the same calls without the agent and with it, against the price and against the bill."""
+    """CPU time of the same calls without the agent and with it, against the bill. Prices differ by a factor of ten between instructions."""
     calls = 200_000
     with Hasher(free_port(), base) as server:
         spin = f"/spin/64/{calls}/0"
-        alone = [int(server.ask(spin)) for _ in range(3)]
+        alone = min(int(server.ask(spin)) for _ in range(3))
         agent = start_agent("--port", str(server.port), "--digest", "always")
         await_probes(server.pid, provider(server.pid))
-        begin = Bill.of(agent, server.pid)
-        probed = [int(server.ask(spin)) for _ in range(3)]
-        price = agent.metrics()['bucketprobe_digest_hit_seconds{probe="update"}']
-        await_that("the costs are told", lambda: Bill.of(agent, server.pid).cost["time"] > begin.cost["time"])
-        time.sleep(1.5)
-        now = Bill.of(agent, server.pid)
-        real = (min(probed) - min(alone)) / calls
-        print("real ns", real, "price ns", price*1e9, "in situ", IN_SITU, "calls", now.calls-begin.calls, "billed per call", (now.cost["time"]-begin.cost["time"])/(now.calls-begin.calls)*1e9)
+        before = Bill.of(agent, server.pid)
+        probed = min(int(server.ask(spin)) for _ in range(3))
+        after = Bill.of(agent, server.pid)
+        # But for a few in which the thread slept, such as while the probes were put on.
+        assert 0.99 * 3 * calls < after.calls - before.calls <= 3 * calls
+        price = IN_SITU * agent.metrics()['bucketprobe_digest_hit_seconds{probe="update"}']
+        billed = before.cost["time"] + 0.9 * price * 3 * calls
+        await_that("every hit is billed", lambda: Bill.of(agent, server.pid).cost["time"] > billed)
+        assert Bill.of(agent, server.pid).cost["time"] < before.cost["time"] + 1.1 * price * 3 * calls
+        real = (probed - alone) / calls / 1e9
+        assert real / 3 < price < 8 * real

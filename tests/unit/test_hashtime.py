@@ -303,7 +303,7 @@ def test_an_estimate_is_never_negative_and_has_an_error(history, hashed: int, ga
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.15, 6.0, 20.0, 1e6])
 def test_gaps_that_are_much_shorter_or_longer_than_hashing_can_be_are_not_believed(share: float) -> None:
-    """This request's thread did something else with the bytes, or besides, whatever others do: no processor is five times as fast or as slow
+    """Its thread did something else with the bytes, or besides, whatever others do: no processor is five times as fast or as slow
     from one request to the next."""
     server = Server(noise=0.0)
     time = server.watched(requests=30, windows=2)
