@@ -27,8 +27,8 @@ GRANT_NS = {"time": 5_000_000, "value": 20_000_000}
 MOST_NS = {"time": 20_000_000, "value": 100_000_000}
 #: For how long there must be enough before probes go on again: some calls, or some whole uploads.
 AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
-#: How soon the accounts are looked at after probes went on, and at most how late while they are.
-SOON_NS, LATE_NS = 10_000_000, 100_000_000
+#: How soon the accounts are looked at after probes went on; and while they are, at most how late, where they are hit and where not.
+SOON_NS, BUSY_NS, LATE_NS = 10_000_000, 20_000_000, 100_000_000
 #: How often a process is looked at that has none on.
 PAUSE_NS = 250_000_000
 #: A hit amid a server's work costs more than one of many in a row, as what it needs is not in the caches: about by so much.
@@ -206,7 +206,8 @@ class Watched:
         if not self._on:
             return now_ns + PAUSE_NS
         lasts = min(self.accounts[part].lasts_ns() for part in self._on)
-        return now_ns + int(min(max(lasts, SOON_NS), LATE_NS))
+        late = BUSY_NS if "time" in self._on and self.accounts["time"].price_rate else LATE_NS
+        return now_ns + int(min(max(lasts, SOON_NS), late))
 
     def stop(self, now_ns: int) -> None:
         """Takes all probes off."""
