@@ -23,8 +23,8 @@ Part = Literal["time", "value"]
 PARTS: tuple[Part, ...] = ("time", "value")
 
 #: With what an account begins, and how much it holds at most, ns: some thousand hits.
-GRANT_NS = {"time": 5_000_000, "value": 20_000_000}
-MOST_NS = {"time": 20_000_000, "value": 100_000_000}
+GRANT_NS = {"time": 5_000_000, "value": 5_000_000}
+MOST_NS = {"time": 20_000_000, "value": 20_000_000}
 #: For how long there must be enough before probes go on again: some calls, or some whole uploads.
 AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
 #: How soon the accounts are looked at after probes went on; and while they are, at most how late, where they are hit and where not.

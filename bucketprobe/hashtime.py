@@ -28,6 +28,8 @@ OWN_SHARE = 0.25
 #: and what remains is within these bounds of what the rate says, for four of five requests.
 FITS = (0.88, 1.15)
 LEAST_REQUESTS = 20
+#: A request whose gaps say that it took less or more of what the rate says did something else in them.
+BELIEVED = (0.5, 3.0)
 #: How well the probes' own time within a call is known, in ns.
 INSIDE_ERROR_NS = 250.0
 #: The least error that is stated, per cent. They hold for 95 of 100 requests: see tests/truth.
@@ -105,7 +107,7 @@ class HashTime:
             return None
         if self._fits and gaps.count and gaps.bytes <= hashed:
             ns = gaps.ns - gaps.count * median(self._own) + rate * (hashed - gaps.bytes)
-            if ns > 0:
+            if BELIEVED[0] <= ns / (rate * hashed) <= BELIEVED[1]:
                 return Estimate("gap", round(ns), round(GAP_ERROR + self._spread, 1))
         return Estimate("model", round(rate * hashed), round(MODEL_ERROR + self._drift(), 1))
 

@@ -29,8 +29,8 @@ SIZES = {"md5": 16, "sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
 _BY_SIZE = {size: name for name, size in SIZES.items()}
 
 #: "sha256:HEX" and "sha-256=:BASE64:" (RFC 9530), "sha256-BASE64", a digest by itself, all perhaps in quotes.
-_NAMED = re.compile(r"(md5|sha-?1|sha-?256|sha-?384|sha-?512)[:=-]:?([0-9A-Za-z+/_=-]+?):?", re.IGNORECASE)
-_IN_PATH = re.compile(r"(?:(sha256|sha512|sha1|md5)[:/_-])?([0-9a-f]{32,128})(?![0-9a-z])", re.IGNORECASE)
+_NAMED = re.compile(r"(md5|sha-?1|sha-?256|sha-?384|sha-?512)[:=-]:?([0-9A-Za-z+/_=-]+?):?", re.IGNORECASE | re.ASCII)
+_IN_PATH = re.compile(r"(?:(sha256|sha512|sha1|md5)[:/_-])?([0-9a-f]{32,128})(?![0-9a-z])", re.IGNORECASE | re.ASCII)
 
 
 #: Digests that no request has yet, and intervals in which values were seen, of one process.
