@@ -137,12 +137,15 @@ def _status(line: Line) -> str:
 def _requests(client: Sequence[Line], scrape: Scrape, records: Sequence[Line]) -> list[Row]:
     answered = sum(line["status"] is not None for line in client)
     complete = sum(record["outcome"] == "complete" for record in records)
+    garbled = sum(line["kind"].removeprefix("curl_") == "put_bad_digest" for line in client)
+    mismatched = sum(record["digest"]["mismatch_source"] is not None for record in records)
     finished = "bucketprobe_requests_finished_total"
     return [
         Row("requests begun", len(client), int(scrape.total("bucketprobe_requests_begun_total")), None),
         Row("requests finished", len(client), int(scrape.total(finished)), len(records)),
         Row("answered in full", answered, int(scrape.total(finished, outcome="complete")), complete),
         Row("the same by their IDs", len(client), None, _same(client, records)),
+        Row("digest mismatches", garbled, int(scrape.total("bucket_integrity_digest_mismatch_count_total")), mismatched),
     ]
 
 

@@ -3,8 +3,9 @@
 
     python tests/truth/digest_score.py --records records.jsonl --truth truth.jsonl
 
-The time of a digest is on-CPU time, so that the truth is the CPU time of the server's hashing thread (`digest_cpu`). A server that does
-not know it has its requests counted, and not compared.
+The time of a digest is on-CPU time, so that the truth is the CPU time of the server's hashing thread (`digest_cpu`, and `digest_other_cpu`
+where a request has other things hashed, too: both count, and so do the bytes of both). A server that does not know it has its requests
+counted, and not compared.
 
 Sums are compared over requests whose time the agent knows; how many those are is a number of its own. The error of one request is the
 distance to the truth in % of it. An error is admitted where it is no more than the record's own `error_pct`.
@@ -91,9 +92,14 @@ def step(line: Line, name: str) -> Line | None:
 
 
 def true_ms(line: Line) -> float | None:
-    """On-CPU time of a request's hashing, in ms; None where the server does not know it."""
-    cpu = step(line, "digest_cpu")
-    return None if cpu is None else cpu["ns"] / 1e6
+    """On-CPU time of all of a request's hashing, in ms; None where the server does not know it."""
+    cpu, other = step(line, "digest_cpu"), step(line, "digest_other_cpu")
+    return None if cpu is None else (cpu["ns"] + (other["ns"] if other else 0)) / 1e6
+
+
+def true_bytes(line: Line) -> int:
+    """Bytes that were hashed for a request in all."""
+    return sum(one["bytes"] for one in line["steps"] if one["step"] in ("digest", "digest_other"))
 
 
 # --- time ---
@@ -166,9 +172,7 @@ def value_scores(expected: Mapping[str, Line], found: Mapping[str, Line]) -> Sco
 
 def byte_scores(hashed: Mapping[str, Line], found: Mapping[str, Line]) -> Score:
     """Bytes that were hashed: told right, told wrong, not told."""
-    told = [
-        (record["digest"]["bytes"], (step(line, "digest") or {})["bytes"]) for name, line in hashed.items() if (record := found.get(name))
-    ]
+    told = [(found[name]["digest"]["bytes"], true_bytes(line)) for name, line in hashed.items() if name in found]
     return {
         "right": sum(seen == true for seen, true in told),
         "wrong": sum(seen not in (None, true) for seen, true in told),

@@ -38,8 +38,8 @@ A line of truth is a JSON object per request:
 and of the SHA-256 of artifacts, by those that hash:
 
     steps: digest                               wall time in the calls of the hash, and the bytes that were given to it
-    steps: digest_cpu                           CPU time of the thread in the same calls, where the program can know
-    steps: digest_other                         wall time in other hashing
+    steps: digest_cpu                           CPU time of the thread in the same calls, an observer's probes included, where known
+    steps: digest_other, digest_other_cpu       the same of other hashing
     computed                                    "sha256:HEX", the digest of an upload as the program found it; null where it hashed none
     verified                                    "match" or "mismatch" for each digest of what was read back from storage
 

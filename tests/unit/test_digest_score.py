@@ -68,6 +68,14 @@ def test_only_cpu_time_is_compared() -> None:
     assert found["time_not_known"] == 1
 
 
+def test_all_that_was_hashed_for_a_request_counts() -> None:
+    more = line("a", cpu_ns=1_000_000, size=1000)
+    more["steps"] += [{"step": name, "ns": 500_000, "bytes": 24, "calls": 1} for name in ("digest_other", "digest_other_cpu")]
+    found = digest_score.score([record("a", ns=3_000_000, bytes=1024)], [more])
+    assert found["time"]["write"]["ratio"] == pytest.approx(2)
+    assert found["bytes"] == {"right": 1, "wrong": 0, "not_told": 0}
+
+
 def test_requests_without_a_digest_are_no_part_of_it() -> None:
     plain = {"request_id": "b", "steps": [], "computed": None}
     found = digest_score.score([record("a"), record("b", source="none", ns=None, computed=None)], [line("a"), plain])

@@ -20,15 +20,12 @@ all the same; with `X-Test-Corrupt-Stored: 1` one byte of the stored file is cha
 it is read back, where --verify has it read back.
 
 A line of the truth has two steps for the SHA-256 of artifacts, be it of the body or of what is read back: `digest` by the wall
-clock, and `digest_cpu` by the CPU time of the thread (CLOCK_THREAD_CPUTIME_ID), with which an observer of on-CPU time has to agree. Both
-are taken in C around libcrypto's function alone, on the state within hashlib's own object: clocks that Python reads would hold the way
-back to its interpreter lock, too, which where threads contend for it doubled the CPU time of 16 KiB. The time of an update with no bytes,
-measured at the start, is taken away. So is what an observer's probes at that function cost, which would be in every measure, too: before
-the third piece of each body a block of 64 bytes goes to another hash, and what this takes longer than for the first OWN bodies of the
-process is the probes' (the median of the last few). So these bodies must come before anybody observes. That is right to about 0.5 us
-for each update while probes are attached, or 5 % of one of 16 KiB. The clocks and ctypes cost the server some 2 us for each update,
+clock, and `digest_cpu` by the CPU time of the thread (CLOCK_THREAD_CPUTIME_ID), with which an observer of on-CPU time has to agree; and
+`digest_other` and `digest_other_cpu` likewise for all other hashing. Both are what the thread spent in the call, with whatever an
+observer's probes cost it there; only the clocks' own cost, measured at the start, is taken away. They are read in C around libcrypto's
+function alone, on the state within hashlib's own object: clocks that Python reads would hold the way back to its interpreter lock, too,
+which where threads contend for it doubled the CPU time of 16 KiB. The clocks and ctypes cost the server some 2 us for each update,
 between reading a piece and writing it; an update by hashlib itself costs 0.2 us there.
-`digest_other` is the wall time of all other hashing.
 Fields: `computed`, the digest of an upload as this server found it; `verified`, `match` or `mismatch` for each digest of what was
 read back; neither is there where there was none.
 """
@@ -41,8 +38,7 @@ import hashlib
 import os
 import statistics
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,11 +52,8 @@ from bucketprobe.errors import BucketprobeError, UsageError
 
 #: Of libcrypto's state in hashlib's objects: a pointer behind the head of every object.
 CONTEXT_OFFSET = object.__basicsize__
-BLOCK = bytes(64)
 TRIES = 2000
-LOOK_AT_PIECE = 3
-OWN = 50
-RECENT = 31
+OTHER = "digest_other"
 MANNERS = ("inline", "pool", "whole", "read-back", "more")
 
 
@@ -72,10 +65,6 @@ class Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def medians(times: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(round(statistics.median(some)) for some in zip(*times, strict=True))
-
-
 class Watch:
     """timed_update.c, for the hashes of hashlib. Raises UsageError where these are not as CPython's are with OpenSSL 3."""
 
@@ -84,26 +73,15 @@ class Watch:
         self._timed.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
         self._update = ctypes.cast(ctypes.CDLL("libcrypto.so.3").EVP_DigestUpdate, ctypes.c_void_p)
         self._check()
-        self._cost = self._empty = medians([self._take(hashlib.sha256(), b"") for _ in range(TRIES)])
-        self._own: list[tuple[int, ...]] = []
-        self._recent: deque[tuple[int, ...]] = deque(maxlen=RECENT)
+        empty = [self._take(hashlib.sha256(), b"") for _ in range(TRIES)]
+        self._wall_cost, self._cpu_cost = (round(statistics.median(times)) for times in zip(*empty, strict=True))
 
     def update(self, hashed: Hash, data: Buffer) -> tuple[int, int]:
-        """Wall time and CPU time that it took, in ns, without the cost of clocks and probes."""
-        taken = self._take(hashed, data)
-        return max(0, taken[0] - self._cost[0]), max(0, taken[1] - self._cost[1])
+        """Wall time and CPU time that it took, in ns, without the cost of the clocks."""
+        wall_ns, cpu_ns = self._take(hashed, data)
+        return max(0, wall_ns - self._wall_cost), max(0, cpu_ns - self._cpu_cost)
 
-    def look_for_probes(self) -> None:
-        """To be called now and then, where the next call is an update."""
-        taken = self._take(hashlib.sha256(), BLOCK)
-        if len(self._own) < OWN:
-            self._own.append(taken)
-            return
-        self._recent.append(taken)
-        own, recent = medians(self._own), medians(list(self._recent))
-        self._cost = tuple(empty + now - then for empty, now, then in zip(self._empty, recent, own, strict=True))
-
-    def _take(self, hashed: Hash, data: Buffer) -> tuple[int, ...]:
+    def _take(self, hashed: Hash, data: Buffer) -> tuple[int, int]:
         # A piece that cannot be written to is a whole object of bytes, of which ctypes takes the address itself.
         whole = data.obj if isinstance(data, memoryview) and data.readonly else data
         address = whole if isinstance(whole, bytes) else ctypes.addressof(ctypes.c_char.from_buffer(whole))
@@ -111,7 +89,7 @@ class Watch:
         context = ctypes.c_void_p.from_address(id(hashed) + CONTEXT_OFFSET)
         if self._timed(self._update, context, address, len(data), taken) != 1:
             raise RuntimeError("EVP_DigestUpdate failed")
-        return tuple(taken)
+        return taken[0], taken[1]
 
     def _check(self) -> None:
         hashed, text = hashlib.sha256(), b"known bytes"
@@ -123,29 +101,25 @@ class Watch:
 class DigestTrace(Trace):
     """And what the client asked to go wrong. `pretended`: the digest that a hiding server says it computed."""
 
-    __slots__ = ("_pieces", "_watch", "corrupts", "pretended")
+    __slots__ = ("_watch", "corrupts", "pretended")
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self._watch = watch
-        self._pieces = 0
         self.corrupts = False
         self.pretended: str | None = None
 
-    def hashing(self, hashed: Hash, part: Buffer) -> None:
-        """Give some bytes of an artifact to its hash."""
-        self._pieces += 1
-        if self._pieces == LOOK_AT_PIECE:
-            self._watch.look_for_probes()
+    def hashing(self, hashed: Hash, part: Buffer, step: str = "digest") -> None:
+        """Give some bytes to a hash: by default those of an artifact to its SHA-256."""
         wall_ns, cpu_ns = self._watch.update(hashed, part)
-        self.add("digest", wall_ns, len(part))
-        self.add("digest_cpu", cpu_ns, len(part))
+        self.add(step, wall_ns, len(part))
+        self.add(f"{step}_cpu", cpu_ns, len(part))
 
-    def hashing_more(self, call: Callable[..., Any], *arguments: object) -> Any:
-        self.mark()
-        result = call(*arguments)
-        self.lap("digest_other")
-        return result
+    def hashing_more(self, text: bytes) -> str:
+        """The SHA-256 of something else."""
+        hashed = hashlib.sha256()
+        self.hashing(hashed, text, OTHER)
+        return hashed.hexdigest()
 
     def note_verified(self, matches: bool) -> None:
         self.notes["verified"] = [*self.notes.get("verified", []), "match" if matches else "mismatch"]  # type: ignore[misc]
@@ -167,7 +141,7 @@ class DigestUpload(stores.Upload):
         elif self._manner != "read-back":
             self._told.hashing(self._hash, part)
         if self._manner == "more":
-            self._told.hashing_more(self._md5.update, part)
+            self._told.hashing(self._md5, part, OTHER)
         self.size += len(part)
         while part:
             part = part[await self._hands.do(self._write, part) :]
@@ -176,6 +150,8 @@ class DigestUpload(stores.Upload):
     def digest(self) -> str:
         if self._manner == "read-back":
             self._read_back()
+        if self._manner == "more":
+            self._md5.hexdigest()
         computed = f"sha256:{self._hash.hexdigest()}"
         self._told.notes["computed"] = computed
         self._told.mark()  # the caller measures this, too: it shall find nothing
@@ -261,9 +237,9 @@ class DigestService(service.Service):
             trace.pretended = request.headers["x-artifact-digest"].lower()
         if self._manner != "more":
             return await super().answer(request, wire)
-        trace.hashing_more(hash_of, f"token of {wire.sent}".encode())
+        trace.hashing_more(f"token of {wire.sent}".encode())
         response = await super().answer(request, wire)
-        response.headers["ETag"] = trace.hashing_more(hash_of, response.body[:200])
+        response.headers["ETag"] = f'"{trace.hashing_more(response.body[:200])}"'
         return response
 
     async def _put(self, declared: stores.Artifact, body: service.Parts, trace: Trace) -> messages.Response:
@@ -290,10 +266,6 @@ class DigestService(service.Service):
 
 class DigestWorkerService(DigestService, WorkerService):
     """Each call in a worker thread, after the body was received; the file of a read is read back by the loop's thread."""
-
-
-def hash_of(data: bytes) -> str:
-    return f'"{hashlib.sha256(data).hexdigest()}"'
 
 
 def open_site(digest: argparse.Namespace, options: service.Options) -> service.Site:

@@ -12,10 +12,8 @@
 // flipped before it is read back.
 //
 // The step `digest` is wall time around each call of the hash, and `digest_cpu`, with --clock and thread_clock.c as built there, the CPU
-// time of the thread meanwhile. The time of an update with no bytes is taken away: it is that of the clocks, and of the way from
-// JavaScript to the library. So is what an observer's probes at the library cost: before the third piece of each body a block of 64
-// bytes goes to another hash, and what it takes longer than for the first 50 bodies is theirs (the median of the last few). So those
-// bodies must come before anybody observes.
+// time of the thread meanwhile: what the thread spent there, with whatever an observer's probes cost it. The time of an update with no bytes,
+// measured at the start, is taken away: it is that of the clocks, and of the way from JavaScript to the library.
 "use strict";
 
 const crypto = require("node:crypto");
@@ -54,23 +52,16 @@ function loadClock(path) {
 const threadCpu = options.clock === undefined ? null : loadClock(options.clock);
 
 const READ_BACK = chunk ?? 65536;
-const BLOCK = Buffer.alloc(64);
 const TRIES = 2000;
-const LOOK_AT_PIECE = 3;
-const OWN = 50;
-const RECENT = 31;
 
 // SHA-256 of a request's bytes, which tells its work what each call took.
 class Hash {
   constructor(work) {
     this.work = work;
     this.hash = crypto.createHash("sha256");
-    this.pieces = 0;
   }
 
   update(part) {
-    this.pieces += 1;
-    if (this.pieces === LOOK_AT_PIECE) watch.lookForProbes();
     this.timed(part.length, () => this.hash.update(part));
     return this;
   }
@@ -81,8 +72,8 @@ class Hash {
 
   timed(bytes, call) {
     const { result, wall, cpu } = stopwatch(call);
-    this.work.addNs("digest", wall - watch.cost.wall, bytes);
-    if (threadCpu) this.work.addNs("digest_cpu", cpu - watch.cost.cpu, bytes);
+    this.work.addNs("digest", wall - empty.wall, bytes);
+    if (threadCpu) this.work.addNs("digest_cpu", cpu - empty.cpu, bytes);
     return result;
   }
 }
@@ -96,38 +87,12 @@ function stopwatch(call) {
   return { result, wall, cpu: (threadCpu?.() ?? 0) - beginCpu };
 }
 
-function medians(times) {
-  const median = (name) => times.map((time) => time[name]).sort((a, b) => a - b)[Math.floor(times.length / 2)];
+// The median of updates with no bytes. The first half is there to warm up.
+function timeOfNothing() {
+  const [hash, nothing] = [crypto.createHash("sha256"), Buffer.alloc(0)];
+  const times = Array.from({ length: TRIES }, () => stopwatch(() => hash.update(nothing))).slice(TRIES / 2);
+  const median = (name) => times.map((time) => time[name]).sort((a, b) => a - b)[TRIES / 4];
   return { wall: median("wall"), cpu: median("cpu") };
-}
-
-// Knows what of each measure is not the hash's time.
-class Watch {
-  constructor() {
-    // The first half is there to warm up.
-    this.empty = medians(Array.from({ length: TRIES }, () => this.take(Buffer.alloc(0))).slice(TRIES / 2));
-    this.cost = this.empty;
-    this.own = [];
-    this.recent = [];
-  }
-
-  take(bytes) {
-    const hash = crypto.createHash("sha256");
-    return stopwatch(() => hash.update(bytes));
-  }
-
-  // To be called now and then, where the next call is an update.
-  lookForProbes() {
-    const taken = this.take(BLOCK);
-    if (this.own.length < OWN) {
-      this.own.push(taken);
-      return;
-    }
-    this.recent = [...this.recent.slice(1 - RECENT), taken];
-    const [own, recent] = [medians(this.own), medians(this.recent)];
-    const more = (name) => this.empty[name] + recent[name] - own[name];
-    this.cost = { wall: more("wall"), cpu: more("cpu") };
-  }
 }
 
 const DATA_STEPS = { write: "storage_write", sync: "storage_sync", read: "storage_read" };
@@ -522,7 +487,7 @@ async function serve(work, request, response) {
   throw new Problem(405, "method_not_allowed");
 }
 
-const watch = new Watch();
+const empty = timeOfNothing();
 
 const server = http.createServer((request, response) => {
   const work = new Work(request);

@@ -10,9 +10,8 @@
 // of the stored file flipped before it is read back.
 //
 // The step `digest` is wall time around each call of the hash, `digest_cpu` the CPU time of the thread meanwhile, to which the
-// goroutine is locked for that. The cost of the clocks, measured at the start, is taken away. So is what an observer's probes at the hash
-// cost: before the third piece of each body a block of 64 bytes goes to another hash, and what it takes longer than for the first 50
-// bodies is theirs (the median of the last few). So those bodies must come before anybody observes.
+// goroutine is locked for that: what the thread spent there, with whatever an observer's probes cost it. The cost of the clocks,
+// measured at the start, is taken away.
 package main
 
 import (
@@ -48,9 +47,6 @@ const (
 	clockMonotonic = 1
 	clockThreadCPU = 3
 	tries          = 2000
-	lookAtPiece    = 3
-	ownBodies      = 50
-	recentBodies   = 31
 )
 
 // --- the clock ---
@@ -79,9 +75,8 @@ func threadCPU() int64 {
 // hashing makes one call that hashes so many bytes, and adds it to the line's steps.
 func (l *line) hashing(bytes int, call func()) {
 	wall, cpu := stopwatch(call)
-	costs := watched.costs()
-	l.addNs("digest", wall-costs.wall, int64(bytes))
-	l.addNs("digest_cpu", cpu-costs.cpu, int64(bytes))
+	l.addNs("digest", wall-clocksWall, int64(bytes))
+	l.addNs("digest_cpu", cpu-clocksCPU, int64(bytes))
 }
 
 // stopwatch gives the wall time of a call and the CPU time of its thread, with the cost of taking them.
@@ -95,83 +90,30 @@ func stopwatch(call func()) (wall, cpu int64) {
 	return wall, threadCPU() - beginCPU
 }
 
-// taken is a pair of times in ns.
-type taken struct{ wall, cpu int64 }
+// What a call that does nothing seems to take, in ns.
+var clocksWall, clocksCPU = costOfClocks()
 
-// watch knows what of each measure is not the hash's time.
-type watch struct {
-	mutex       sync.Mutex
-	empty       taken
-	own, recent []taken
-	cost        taken
-}
-
-var (
-	watched  = newWatch()
-	oneBlock = make([]byte, 64)
-)
-
-func newWatch() *watch {
-	seen := make([]taken, tries)
-	for i := range seen {
-		seen[i] = take(nil)
+func costOfClocks() (wall, cpu int64) {
+	walls, cpus := make([]int64, tries), make([]int64, tries)
+	for i := range walls {
+		other := sha256.New()
+		walls[i], cpus[i] = stopwatch(func() { other.Write(nil) })
 	}
-	empty := medians(seen)
-	return &watch{empty: empty, cost: empty}
+	return median(walls), median(cpus)
 }
 
-func take(part []byte) taken {
-	other := sha256.New()
-	wall, cpu := stopwatch(func() { other.Write(part) })
-	return taken{wall, cpu}
-}
-
-func medians(times []taken) taken {
-	median := func(of func(taken) int64) int64 {
-		all := make([]int64, len(times))
-		for i, one := range times {
-			all[i] = of(one)
-		}
-		sort.Slice(all, func(i, j int) bool { return all[i] < all[j] })
-		return all[len(all)/2]
-	}
-	return taken{median(func(t taken) int64 { return t.wall }), median(func(t taken) int64 { return t.cpu })}
-}
-
-func (w *watch) costs() taken {
-	w.mutex.Lock()
-	defer w.mutex.Unlock()
-	return w.cost
-}
-
-// lookForProbes is to be called now and then, where the next call is a write.
-func (w *watch) lookForProbes() {
-	now := take(oneBlock)
-	w.mutex.Lock()
-	defer w.mutex.Unlock()
-	if len(w.own) < ownBodies {
-		w.own = append(w.own, now)
-		return
-	}
-	w.recent = append(w.recent, now)
-	if len(w.recent) > recentBodies {
-		w.recent = w.recent[1:]
-	}
-	own, recent := medians(w.own), medians(w.recent)
-	w.cost = taken{w.empty.wall + recent.wall - own.wall, w.empty.cpu + recent.cpu - own.cpu}
+func median(times []int64) int64 {
+	sort.Slice(times, func(i, j int) bool { return times[i] < times[j] })
+	return times[len(times)/2]
 }
 
 // timedHash is a hash whose calls are steps of the line.
 type timedHash struct {
 	hash.Hash
-	line   *line
-	pieces int
+	line *line
 }
 
 func (h *timedHash) Write(part []byte) (size int, err error) {
-	if h.pieces++; h.pieces == lookAtPiece {
-		watched.lookForProbes()
-	}
 	h.line.hashing(len(part), func() { size, err = h.Hash.Write(part) })
 	return size, err
 }
