@@ -179,6 +179,28 @@ def uprobe_multi_open(program: int, path: str, offsets: list[int], tgid: int, *,
     return _bpf(_LINK_CREATE, head + struct.pack("=QQQQIII", _address(name), ctypes.addressof(places), 0, 0, len(offsets), flags, tgid))
 
 
+def has_uprobe_multi() -> bool:
+    """Whether `uprobe_multi_open` works here, and for all threads of a process.
+
+    Asked as libbpf does: "/" is no file to attach to, EBADF, unless the process is looked at first, as it is since links keep to
+    processes (commit 46ba0e49b642, Linux 6.10 and stable ones); before, they kept to the one thread. That a program loads says
+    nothing: kernels before 6.6 do not look at what it is expected to be attached as.
+    """
+    nothing = struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
+    refused = []
+    try:
+        program = program_load(nothing, "nothing", PROG_TYPE_KPROBE, TRACE_UPROBE_MULTI)
+    except OSError:
+        return False
+    for tgid in (0, 0xFFFFFFFF):
+        try:
+            os.close(uprobe_multi_open(program, "/", [0], tgid, returns=False))
+        except OSError as error:
+            refused.append(error.errno)
+    os.close(program)
+    return refused == [errno.EBADF, errno.EINVAL]
+
+
 _SYS_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
 _PERF_ATTRIBUTE_BYTES = 112
 _PERF_CLOSE_ON_EXEC = 8

@@ -95,9 +95,10 @@ class Hashing(threading.Thread):
                 what, tgid = self._asked.get(timeout=min(wait, TELL_SECONDS))
                 if what == "end":
                     break
-                self._drop(tgid)
                 if what == "watch":
                     self._take_up(tgid)
+                else:
+                    self._drop(tgid)
             now = time.monotonic()
             for tgid, process in list(self._processes.items()):
                 try:
@@ -112,6 +113,11 @@ class Hashing(threading.Thread):
 
     def _take_up(self, tgid: int) -> None:
         start_ticks = target.start_time(tgid)
+        known = self._processes.get(tgid)
+        if known and known.start_ticks == start_ticks:
+            known.tries, known.look_at = 0, 0.0  # it may run something else: then what is attached goes
+            return
+        self._drop(tgid)
         if start_ticks is None:
             return
         if len(self._processes) < MAX_PROCESSES:

@@ -329,19 +329,13 @@ def load(programs: Mapping[str, bytes], offsets: Mapping[str, int], sizes: Mappi
 class Uprobes:
     """Attaches programs to places in binaries, one process at a time; a descriptor detaches when it is closed.
 
-    `multi`: all places of a program in one link, which comes and goes in some 10 to 30 ms (Linux 6.6); else each is a perf event,
-    which takes 0.1 s to close. Raises OSError where the kernel has neither.
+    `multi`: all places of a program in one link, which comes and goes in some 10 to 30 ms (Linux 6.10, and stable ones from 6.6);
+    else each is a perf event, which takes 0.1 s to close. Raises OSError where the kernel refuses the programs.
     """
 
     def __init__(self, codes: Mapping[str, bytes], *, multi: bool | None = None) -> None:
-        self.multi = True if multi is None else multi
-        try:
-            self._programs = self._load(codes)
-        except OSError:
-            if multi is not None:
-                raise
-            self.multi = False
-            self._programs = self._load(codes)
+        self.multi = bpf.has_uprobe_multi() if multi is None else multi
+        self._programs = self._load(codes)
 
     def _load(self, codes: Mapping[str, bytes]) -> dict[str, int]:
         attach_type = bpf.TRACE_UPROBE_MULTI if self.multi else 0

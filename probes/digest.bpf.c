@@ -65,9 +65,9 @@ INLINE int end(struct thread *t)
 		return 0;
 	ns = now - t->hash_ns - (run_delay() - t->hash_delay);
 	t->hash_ns = 0;
+	__sync_fetch_and_add(&sums->calls, 1);
 	if ((__s64)ns < 0 || t->hash_sleeps != kernel_word(current_task() + OFF_TASK_SLEEPS))
 		return 0;
-	__sync_fetch_and_add(&sums->calls, 1);
 	__sync_fetch_and_add(&sums->bytes, t->hash_bytes);
 	__sync_fetch_and_add(&sums->ns, ns);
 	t->hashed_ns += ns;
