@@ -37,7 +37,7 @@ ATTACH_SECONDS = 30.0
 #: The broker tells its accounts once a second.
 TOLD_SECONDS = 1.2
 #: How grants are spent: by uploads of so many bytes, so that hits are many and cost much of the CPU, until that share of them is gone.
-SPEND_BYTES, SPENT, SPEND_LOOKS = KIB, 0.9, 4
+SPEND_BYTES, SPENT, SPEND_LOOKS = KIB, 0.9, 3
 SPEC = DigestSpec()
 SHARES: dict[str, float] = {"time": SPEC.time_budget_pct / 100, "value": (SPEC.total_budget_pct - SPEC.time_budget_pct) / 100}
 #: An agent reads its events at least every 100 ms: what one has left over must not be another's.

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from harness import Agent, Client, Record, Server, alive, await_that, children_o
 from test_providers import C, needed, pythons_with_their_own
 
 from bucketprobe import abi, bpf, program
-from bucketprobe.digests import IN_SITU, LATE_NS, PARTS
+from bucketprobe.digests import IN_SITU, LATE_NS, PARTS, Part
 from bucketprobe.providers import Provider, providers
 
 HERE = Path(__file__).parent
@@ -587,7 +588,8 @@ def test_workers_that_are_forked_later(start_agent: StartAgent, base: Path, uniq
         assert server.process.stdin
         server.process.stdin.write("\n")
         await_values(agent, workers + 1)
-        uploads, pids = {}, set()
+        uploads: dict[str, bytes] = {}
+        pids = set()
         # A process talks to one client at a time.
         for client in [stack.enter_context(server.connect()) for _ in range(workers + 1)]:
             pids.add(int(client.ask(request("GET", "/pid", unique_id()))[1]))
@@ -760,7 +762,7 @@ def test_targets_that_are_killed_while_probes_come(start_agent: StartAgent, base
                 agent.await_target(server.pid)
             elif number % 3 == 2:
                 found = provider(server.pid)
-                await_that("probes come", lambda found=found, pid=server.pid: changed(pid, found.library))
+                await_that("probes come", partial(changed, server.pid, found.library))
     serve_one()
     await_values(agent, 0)
     await_that("no descriptor is left", lambda: [descriptors(pid) for pid in (broker, agent.pid)] <= before)
@@ -896,7 +898,7 @@ def counted(broker: int, pid: int) -> abi.HashingEntry:
 class Bill:
     """What the agent says in one moment, in seconds, and the hits that the kernel counted by then."""
 
-    cost: dict[str, float]
+    cost: Mapping[Part, float]
     cpu: float
     calls: int
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bucketprobe import abi
@@ -47,11 +48,13 @@ def module(name: str) -> ModuleType:
 
 
 figures = module("figures")
+digest = module("digest")
 host = module("host")
 readme_table = module("readme_table")
 replay = module("replay")
 resolver = module("resolver")
 rig = module("rig")
+uploads = module("uploads")
 
 numbers = st.floats(0.001, 1e9)
 
@@ -88,6 +91,75 @@ def test_the_order_alternates_and_each_pair_has_both(pairs: int) -> None:
     assert len(orders) == pairs
     assert all(set(order) == {False, True} for order in orders)
     assert all(before[1] == after[0] for before, after in pairwise(orders))
+
+
+#: What two servers spend and do besides what is measured: the second is a tenth dearer.
+FIRST, SECOND = (100.0, 10.0), (110.0, 10.0)
+
+
+def test_what_two_servers_differ_by_cancels_out_when_they_change_places() -> None:
+    def dearer(spent: tuple[float, float]) -> tuple[float, float]:
+        return 1.02 * spent[0], spent[1]
+
+    stages = [[(FIRST, dearer(SECOND))] * 3, [(SECOND, dearer(FIRST))] * 3]
+    assert figures.relative(stages) == pytest.approx(1.02)
+    assert figures.relative(stages[:1]) == pytest.approx(1.02 * 1.1)
+    assert digest.crossed(stages) == pytest.approx([1.02] * 3)
+
+
+def test_what_comes_seldom_counts_in_full() -> None:
+    pairs = [((10.0, 1.0), (10.0, 1.0))] * 9 + [((10.0, 1.0), (20.0, 1.0))]
+    assert figures.relative([pairs]) == pytest.approx(1.1)
+
+
+def test_a_long_round_counts_by_its_work() -> None:
+    assert figures.relative([[((10.0, 1.0), (10.0, 1.0)), ((90.0, 9.0), (180.0, 9.0))]]) == pytest.approx(1.9)
+
+
+costs = st.tuples(st.floats(1, 100), st.floats(1, 100))
+
+
+@settings(max_examples=10)
+@given(st.lists(st.lists(st.tuples(costs, costs), min_size=2, max_size=5), min_size=1, max_size=2))
+def test_an_interval_is_around_nothing_that_was_not_seen(stages: list[list[tuple[Any, Any]]]) -> None:
+    _, low, high = figures.relative_interval(stages)
+    costs_per_work = [cost / work for pairs in stages for pair in pairs for cost, work in pair]
+    assert low <= high
+    assert min(costs_per_work) / max(costs_per_work) <= low * 1.0001
+    assert high <= max(costs_per_work) / min(costs_per_work) * 1.0001
+    assert figures.relative_interval(stages) == figures.relative_interval(stages)
+
+
+def test_an_interval_gets_narrower_with_more_pairs_and_covers_what_is_true() -> None:
+    draw = random.Random(7)
+
+    def stage(pairs: int) -> list[tuple[Any, Any]]:
+        return [((draw.gauss(100, 3), 1.0), (draw.gauss(101, 3), 1.0)) for _ in range(pairs)]
+
+    (_, few_low, few_high), (_, low, high) = (figures.relative_interval([stage(pairs), stage(pairs)]) for pairs in (5, 80))
+    assert high - low < few_high - few_low
+    covered = 0
+    for _ in range(20):
+        _, below, above = figures.relative_interval([stage(15), stage(15)])
+        covered += below <= 1.01 <= above
+    assert covered >= 15  # of 19 that are expected
+
+
+def test_equal_costs_have_no_spread() -> None:
+    assert figures.relative_interval([[(FIRST, FIRST)] * 4]) == (1.0, 1.0, 1.0)
+
+
+def test_the_largest_share_of_any_stretch_is_found() -> None:
+    readings = [(0.0, 0.0, 0.0), (1.0, 0.1, 1.0), (2.0, 0.6, 2.0), (3.0, 0.6, 3.0), (4.0, 0.6, 8.0)]
+    assert figures.largest_share(readings, 1.0) == pytest.approx(0.5)
+    assert figures.largest_share(readings, 2.0) == pytest.approx(0.3)
+    assert figures.largest_share(readings, 3.5) == pytest.approx(0.6 / 8)
+
+
+def test_a_stretch_in_which_nothing_was_used_has_no_share() -> None:
+    assert figures.largest_share([(0.0, 0.0, 0.0), (1.0, 0.1, 1.0), (9.0, 0.1, 1.0)], 1.0) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="empty"):
+        figures.largest_share([(0.0, 0.0, 0.0), (1.0, 0.1, 1.0)], 2.0)
 
 
 # --- table and JSON ---
@@ -152,6 +224,16 @@ def test_the_document_is_json_with_every_sample() -> None:
     }
 
 
+def test_an_estimate_stands_for_the_median_and_decides_on_the_goal() -> None:
+    part = figures.Part("digest")
+    part.add("64 KiB: added", "%", [0.0, 0.1, 5.0], 0.5, (1.5, -0.2, 3.25))
+    (figure,) = part.figures
+    assert (figure.median, figure.value, figure.reached) == (0.1, 1.5, False)
+    assert figures.table([part]).splitlines()[-1].split()[3:6] == ["1.500", "-0.200", "3.250"]
+    record = figure.record()
+    assert (record["median"], record["estimate"], record["low_95"], record["high_95"]) == (0.1, 1.5, -0.2, 3.25)
+
+
 # --- the README's tables ---
 
 
@@ -176,7 +258,7 @@ def test_server_models_have_a_table_of_their_own() -> None:
     lines = readme_table.table(results()).splitlines()
     assert lines[2] == "| cpu: agent | 100.0 | 90.00 .. 110.0 | ms per 1,000 requests | ≤ 105 |"
     columns, _, threads, go = (line.split(" | ") for line in lines[4:8])
-    assert len(columns) == len(threads) == len(go) == 1 + len(readme_table.COLUMNS)
+    assert len(columns) == len(threads) == len(go) == 1 + len(readme_table.TABLES["resolver"][1])
     cells = dict(zip(columns, go, strict=True))
     assert cells["agent CPU, µs"] == "200.0 (100.0 .. 300.0)"
     assert cells["relative to threads"] == "1.000 (0.500 .. 1.500)"
@@ -195,9 +277,100 @@ def test_the_readme_is_also_written_without_the_models() -> None:
 
 def test_every_column_is_a_figure_of_the_models() -> None:
     figures_there = {figure["name"].partition(": ")[2] for figure in results()["parts"]["resolver"]["figures"]}
-    assert set(readme_table.COLUMNS) <= figures_there
+    assert set(readme_table.TABLES["resolver"][1]) <= figures_there
     assert {"events, head", "events, end"} <= figures_there
     assert "events, open" not in figures_there
+
+
+def rounds(*cpu_us: float) -> list[Any]:
+    """Pairs of rounds of half a second: 1,000 uploads without looking at digests, and with."""
+    off = digest.Round(1000, 0.5, 500_000_000)
+    return [(off, digest.Round(1000, 0.5, round(each * 1e6))) for each in cpu_us]
+
+
+def test_digests_have_a_table_of_their_own() -> None:
+    part = figures.Part("digest", "in turns")
+    part.add("price of a hit, update", "us", [1.2])
+    case = digest.CASES[1]
+    digest.add(part, case, digest.Compared([rounds(501, 502), rounds(503, 504)], rounds(550), {"auto": [0.003, 0.004], "always": [0.1]}))
+    found = json.loads(json.dumps(figures.document([part], {"date": "2026-11-23T00:00:00Z", "kernel": "6.1", "cpus": 2})))
+    lines = readme_table.table(found).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| digests looked at"))
+    columns, _, row, after = (line.split(" | ") for line in lines[head : head + 4])
+    cells = dict(zip(columns, row, strict=True))
+    assert cells["| digests looked at, in uploads of"] == "| pieces of 64 KiB"
+    assert cells["server CPU added, %"].startswith("0.500 (")
+    assert cells["uploads/s lost, %"] == "0.000 (0.000 .. 0.000)"
+    assert cells["first goal, %"] == f"≤ {case.goal:g}"
+    assert cells["server CPU added by the agent's account, %"] == "0.350 (0.300 .. 0.400)"
+    assert cells["always: server CPU added, %"] == "10.00 (10.00 .. 10.00)"
+    assert cells["server CPU per upload, off, µs |"] == "500.0 |"
+    assert after == [""]
+    assert set(readme_table.TABLES["digest"][1]) - {readme_table.GOAL} <= {
+        figure["name"].partition(": ")[2] for figure in found["parts"]["digest"]["figures"]
+    }
+
+
+# --- what looking at digests costs by the agent's own account ---
+
+
+def account(time_s: float, value_s: float, cpu_s: float) -> Any:
+    return digest.Accounts({"time": time_s, "value": value_s}, cpu_s)
+
+
+def test_an_account_is_relative_to_what_the_servers_used() -> None:
+    assert account(0.5, 0.25, 110.0).since(account(0.1, 0.05, 10.0)).share == pytest.approx(0.006)
+    with pytest.raises(BucketprobeError, match="does not tell"):
+        _ = account(0.5, 0.25, 10.0).since(account(0.1, 0.05, 10.0)).share
+
+
+def test_grants_are_spent_one_by_one() -> None:
+    grants = {name: digest.WORKERS * digest.GRANT_NS[name] / 1e9 for name in digest.PARTS}
+    dear = account(0.1, 0.1, 1.0)
+    assert digest.are_spent(account(grants["time"] + 0.01, grants["value"] + 0.01, 1.0), dear)
+    assert not digest.are_spent(account(grants["time"] + 0.01, grants["value"] / 2, 1.0), dear)
+    assert not digest.are_spent(account(grants["time"] / 2, grants["value"] + 0.01, 1.0), dear)
+    # what was paid in besides must be gone, too
+    assert not digest.are_spent(account(grants["time"], grants["value"], 1000.0), dear)
+
+
+def test_a_grant_that_hits_do_not_use_up_is_not_waited_for() -> None:
+    cheap = account(digest.SHARES["time"] / 2, digest.SHARES["value"] / 2, 1.0)
+    assert digest.are_spent(cheap, cheap)
+
+
+def test_servers_and_clients_share_no_cpu_where_there_are_two() -> None:
+    servers, others = digest.cpus()
+    allowed = os.sched_getaffinity(0)
+    assert servers | others == allowed
+    assert servers.isdisjoint(others) == (len(allowed) > 1)
+
+
+def test_what_is_started_runs_on_the_cpus_that_it_is_given(tmp_path: Path) -> None:
+    before = os.sched_getaffinity(0)
+    some = {min(before)}
+    made = rig.Rig(tmp_path, tmp_path, rig.QUICK, print)
+    with made.started(["cat"], tmp_path / "log", stdin=subprocess.PIPE, cpus=some) as process:
+        assert os.sched_getaffinity(process.pid) == some
+    assert os.sched_getaffinity(0) == before
+
+
+def test_uploads_are_made_and_checked(tmp_path: Path) -> None:
+    made = rig.Rig(tmp_path, tmp_path, rig.QUICK, print)
+    with made.bucket("prefork", "--chunk-size", "1024", "--fill", workers=2) as bucket:
+        clients = uploads.Uploads(bucket.port, 5000, 2)
+        closed = clients.run(0.5)
+        stored = [path for path in bucket.root.glob("data/**/*") if path.is_file()]
+        assert closed.uploads >= 2
+        assert 0 < closed.rate <= closed.uploads / 0.5
+        assert [path.stat().st_size for path in stored] == [5000] * closed.uploads
+        paced = clients.run(0.5, rate=20.0)
+        assert 2 <= paced.uploads <= 10
+        before = bucket.cpu_ns()
+        assert clients.run(0.1).uploads > 0
+        assert bucket.cpu_ns() > before
+    with pytest.raises(BucketprobeError, match="was answered with None"):
+        clients.run(0.1)
 
 
 # --- the agent's own account ---
@@ -411,7 +584,10 @@ def test_git_of_no_repository_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--only", "ready,speed"], "--only has no part 'speed': choose from syscalls, ready, memory, cpu, resolver, throughput."),
+        (
+            ["--only", "ready,speed"],
+            "--only has no part 'speed': choose from syscalls, ready, memory, cpu, resolver, throughput, digest, budget.",
+        ),
         (["--store", "/nowhere"], "--store /nowhere cannot be used (No such file or directory): name an existing folder."),
     ],
 )
