@@ -117,7 +117,8 @@ def test_calls_are_found() -> None:
 def test_every_program_loads_and_attaches_on_this_kernel(programs: dict[str, bytes], tmp_path: Path) -> None:
     loaded = program.load(programs, program.kernel_offsets(str(tmp_path), pytest.fail), {})
     try:
-        assert len(loaded.programs) == sum(not name.startswith("size_") for name in programs)
+        program.Uprobes(loaded.uprobes).close()
+        assert len(loaded.programs) + len(loaded.uprobes) == sum(not name.startswith("size_") for name in programs)
         assert loaded.missing == []
     finally:
         loaded.close()
