@@ -269,7 +269,10 @@ class Agent:
             values = read_stats(self._stats_fd)
         except PermissionError:
             # Before Linux 5.19 a process without capabilities may not look into a map: bpf(2) is refused to it altogether.
-            values = self._link.ask({"op": "stats"})["values"]
+            try:
+                values = self._link.ask({"op": "stats"})["values"]
+            except (BucketprobeError, OSError):
+                return self._stats  # the broker has ended, which the loop finds out and says: what it counted last
         self._stats = {stat: values[stat] for stat in abi.Stat}
         return self._stats
 

@@ -22,8 +22,8 @@ from bucketprobe.providers import Provider, Site
 Part = Literal["time", "value"]
 PARTS: tuple[Part, ...] = ("time", "value")
 
-#: With what an account begins, and how much it holds at most, ns: some thousand hits.
-GRANT_NS = {"time": 5_000_000, "value": 5_000_000}
+#: With what an account begins, and how much it holds at most, ns: a thousand hits and more.
+GRANT_NS = {"time": 5_000_000, "value": 10_000_000}
 MOST_NS = {"time": 20_000_000, "value": 20_000_000}
 #: For how long there must be enough before probes go on again: some calls, or some whole uploads.
 AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
@@ -31,8 +31,9 @@ AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
 SOON_NS, BUSY_NS, LATE_NS = 10_000_000, 20_000_000, 100_000_000
 #: How often a process is looked at that has none on.
 PAUSE_NS = 250_000_000
-#: A hit amid a server's work costs more than one of many in a row, as what it needs is not in the caches: about by so much.
-IN_SITU = 1.75
+#: A hit amid a server's work costs more than one of many in a row: what it needs is not in the caches, and what it pushes out of
+#: them is missed afterwards. By so much the call takes longer, and by so much the server loses (`make bench`, part digest).
+IN_CALL, IN_SITU = 1.75, 3.6
 #: How often what was measured is told while probes stay on.
 TELL_NS = 1_000_000_000
 
@@ -146,7 +147,7 @@ class Watched:
     ) -> None:
         self.tgid = tgid
         self.found: Sequence[Provider] = providers  # of which those are left that may be used
-        self.failed = ""
+        self.failed: OSError | None = None
         self.cpu_spent_ns = 0
         self.windows = 0
         self.accounts = {part: Account(part, shares[part]) for part in PARTS}
@@ -162,7 +163,7 @@ class Watched:
         }
         self._price = {part: IN_SITU * max((prices.call(sites) for _, sites in self._sites[part]), default=0.0) for part in PARTS}
         #: ns that a timed call takes longer because of its probes, besides what they see of it themselves.
-        self.outside_ns = max(0.0, self._price["time"] - prices.inside)
+        self.outside_ns = max(0.0, self._price["time"] * IN_CALL / IN_SITU - prices.inside)
         self._copy_price = IN_SITU * prices.entry
         self._sums: Sums | None = None
         self._told = Sums()
@@ -243,7 +244,7 @@ class Watched:
                 attached += self._kernel.attach(provider, sites, self.tgid)
         except OSError as error:
             self._kernel.detach(attached)
-            self.failed = f"{error.strerror}"
+            self.failed = error
             return
         self._on[part] = attached
         self.windows += 1

@@ -8,6 +8,7 @@ Every probe hangs on a descriptor of this process, whose end, however it comes, 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import queue
 import re
@@ -106,6 +107,8 @@ class Hashing(threading.Thread):
                 except Exception as error:  # whatever is wrong with one process must not end the others' digests
                     self._log(f"pid {tgid}: its digests are not looked at any more ({error!r}); report this")
                     self._processes.pop(tgid, None)
+                    if process.watched:
+                        _close(process.watched.descriptors)
             if now - self._told_at >= TELL_SECONDS:
                 self._told_at = now
                 self._tell_costs()
@@ -207,9 +210,15 @@ class Hashing(threading.Thread):
             self._drop(tgid)
             return
         process.step_ns = again
-        if watched.failed:
-            self._log(f"pid {tgid}: its digests cannot be probed ({watched.failed})")
-            self._drop(tgid)
+        if watched.failed is None:
+            return
+        self._end(tgid, watched)
+        process.watched = None
+        if watched.failed.errno == errno.ENOENT:
+            return  # its mappings have changed: it is looked at again
+        del self._processes[tgid]
+        if watched.failed.errno != errno.ESRCH:
+            self._log(f"pid {tgid}: its digests cannot be probed ({watched.failed.strerror})")
 
     # --- what is tried before it is trusted ---
 
@@ -236,17 +245,20 @@ class Hashing(threading.Thread):
         if not _can_be_loaded(provider) or not self._ready(provider):
             return True
         if provider.inode not in self._proven:
-            self._proven[provider.inode] = self._tried(provider)
-            if self._proven[provider.inode]:
-                self._log(f"{provider.library}: {self._proven[provider.inode]}: its digests are not looked at")
+            wrong = self._tried(provider)
+            if wrong is None:
+                return True
+            self._proven[provider.inode] = wrong
+            if wrong:
+                self._log(f"{provider.library}: {wrong}: its digests are not looked at")
         return not self._proven[provider.inode]
 
-    def _tried(self, provider: Provider) -> str:
+    def _tried(self, provider: Provider) -> str | None:
+        """What is wrong with it; None where it could not be tried."""
         try:
             subject = selftest.Subject(provider.path, self._user)
         except (selftest.Failed, OSError):
-            self._proven.pop(provider.inode, None)
-            return ""
+            return None
         try:
             wrong = selftest.prove(subject, provider, self._sums, self._attach, _close).wrong
         except (selftest.Failed, OSError) as error:

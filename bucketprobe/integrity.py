@@ -30,7 +30,7 @@ _BY_SIZE = {size: name for name, size in SIZES.items()}
 
 #: "sha256:HEX" and "sha-256=:BASE64:" (RFC 9530), "sha256-BASE64", a digest by itself, all perhaps in quotes.
 _NAMED = re.compile(r"(md5|sha-?1|sha-?256|sha-?384|sha-?512)[:=-]:?([0-9A-Za-z+/_=-]+?):?", re.IGNORECASE | re.ASCII)
-_IN_PATH = re.compile(r"(?:(sha256|sha512|sha1|md5)[:/_-])?([0-9a-f]{32,128})(?![0-9a-z])", re.IGNORECASE | re.ASCII)
+_IN_PATH = re.compile(r"(?<![0-9a-z])(?:(sha256|sha512|sha1|md5)[:/_-])?([0-9a-f]{32,128})(?![0-9a-z])", re.IGNORECASE | re.ASCII)
 
 
 #: Digests that no request has yet, and intervals in which values were seen, of one process.
@@ -176,10 +176,12 @@ class Digests:
 
     def claim(self, owner: Owner, others: Iterable[Owner], key_name: str, read_back: Sequence[tuple[int, int]], *, last: bool) -> None:
         """Gives a request that ended what is surely its own; `last`: and what it may have."""
-        for seen in list(self._unclaimed):
-            if owner.begun_ns <= seen.at_ns <= owner.ended_ns:
-                seen.evidence = _evidence(seen, owner, key_name)
-                if seen.evidence:
+        within = [seen for seen in self._unclaimed if owner.begun_ns <= seen.at_ns <= owner.ended_ns]
+        for evidence in (_by_key, _by_file, _by_value):  # the same bytes may be sent twice at once: equality comes last
+            for seen in within:
+                name = "" if seen.evidence else evidence(seen, owner, key_name)
+                if name and (name != "value" or _lacks(seen, owner, read_back)):
+                    seen.evidence = name
                     self._by_socket[seen.rid != owner.rid] += 1
                     self._take(seen, owner)
         if not last or not self._unclaimed:
@@ -238,15 +240,24 @@ def _lacks(seen: Seen, owner: Owner, read_back: Sequence[tuple[int, int]]) -> bo
     return any(not any(has.size == seen.size and has.at_ns >= read_ns for has in owner.digests) for read_ns in times)
 
 
-def _evidence(seen: Seen, owner: Owner, key_name: str) -> str:
+def _may_be(seen: Seen, owner: Owner) -> bool:
+    return _fits(seen, owner) or not owner.writes
+
+
+def _by_key(seen: Seen, owner: Owner, key_name: str) -> str:
+    # CPython's loops receive in a context that is gone at once.
     keys = (owner.read_key, owner.send_key) if key_name == "goroutine" else (owner.send_key,)
-    fits = _fits(seen, owner) or not owner.writes
-    if seen.key and seen.key in keys and (fits or key_name == "goroutine"):
-        return key_name
+    return key_name if seen.key and seen.key in keys and (key_name == "goroutine" or _may_be(seen, owner)) else ""
+
+
+def _by_file(seen: Seen, owner: Owner, key_name: str) -> str:
     # What a thread wrote last is any goroutine's.
-    if fits and key_name != "goroutine" and any(file.owner == owner.rid for file in seen.files):
-        return "descriptor"
-    return "value" if fits and seen.value == owner.declared else ""
+    owned = key_name != "goroutine" and any(file.owner == owner.rid for file in seen.files)
+    return "descriptor" if owned and _may_be(seen, owner) else ""
+
+
+def _by_value(seen: Seen, owner: Owner, _key_name: str) -> str:
+    return "value" if seen.value == owner.declared and _may_be(seen, owner) else ""
 
 
 def declared(spec: Iterable[str], head: RequestHead, response: ResponseHead | None) -> str | None:
@@ -267,8 +278,15 @@ def declared(spec: Iterable[str], head: RequestHead, response: ResponseHead | No
 
 
 def parse(text: str | None) -> str | None:
-    """A digest in any of the usual forms as "ALGORITHM:HEX"; None where it is none."""
-    text = (text or "").strip().removeprefix("W/").strip('"')
+    """A digest in any of the usual forms as "ALGORITHM:HEX", of several the first; None where it is none."""
+    for part in (text or "").split(","):
+        if value := _parse_one(part):
+            return value
+    return None
+
+
+def _parse_one(text: str) -> str | None:
+    text = text.strip().removeprefix("W/").strip('"')
     named = _NAMED.fullmatch(text)
     if named:
         name = named[1].lower().replace("-", "")
@@ -312,13 +330,16 @@ def judge(
 
     def is_read_back(each: Seen) -> bool:
         # A read may go through the file twice: once to hash it, and once to send it.
-        return any((nbytes == each.size if writes else nbytes >= each.size) and read_ns <= each.at_ns for nbytes, read_ns in read_back)
+        times = (1,) if writes else (1, 2)
+        return any(nbytes in [n * each.size for n in times] and read_ns <= each.at_ns for nbytes, read_ns in read_back)
 
     stored = [each for each in seen if each.size and is_read_back(each)]
     of_body = [each for each in seen if writes and whole and size and each.size == size]
     direct = [each for each in of_body if each not in stored] or of_body
     computed = _best(direct, expected)
-    against = expected or (computed.value if computed else None)
+    # What was stored is to be what came, right or wrong; where that was not hashed, what was declared.
+    came = computed if computed and computed not in stored else None
+    against = came.value if came else expected or (computed.value if computed else None)
     alike = [each for each in stored if against and _algorithm(each.value) == _algorithm(against)]
     # Of a write it is what it stored that counts; of a read, what it was asked to have.
     relevant = alike if not writes or whole else []

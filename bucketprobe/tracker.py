@@ -224,11 +224,15 @@ class Tracker:
 
     def learn_hashing(self, tgid: int, nbytes: int, ns: int, from_ns: int, until_ns: int) -> None:
         """A target's calls of its hash function took so long, between these two stamps."""
-        self._process(tgid).digests.time.measured(nbytes, ns, from_ns, until_ns)
+        process = self._processes.get(tgid)
+        if process:
+            process.digests.time.measured(nbytes, ns, from_ns, until_ns)
 
     def learn_probing(self, tgid: int, part: str, *, on: bool, at_ns: int) -> None:
         """The values of a target's digests are seen from then on, or not any more; or its calls are timed (`part`: value or time)."""
-        self._process(tgid).digests.probing(part, on, at_ns)
+        process = self._processes.get(tgid)
+        if process:
+            process.digests.probing(part, on, at_ns)
 
     def unattributed_digests(self) -> int:
         """Digests that were no request's."""
@@ -254,6 +258,7 @@ class Tracker:
         if process.ended and not process.lives:
             for unit in process.pending:
                 self._give_up(process, unit)
+            process.digests.expire(self.latest_ns + 1)
             self._digests_gone += process.digests.unattributed
             del self._processes[tgid]
 

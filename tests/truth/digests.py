@@ -413,7 +413,7 @@ def chosen(options: argparse.Namespace) -> list[Run]:
     elif not options.all:
         runs = [run for run in runs if run.name in COMMON]
     if not runs:
-        raise UsageError(f"no run is chosen by that; see --all --list")
+        raise UsageError("no run is chosen by that; see --all --list")
     return runs
 
 

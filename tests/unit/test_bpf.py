@@ -267,6 +267,83 @@ def test_a_program_that_the_verifier_refuses_says_why() -> None:
 
 
 @pytest.mark.kernel
+def test_what_a_program_is_for_is_told_to_the_kernel() -> None:
+    program = bpf.program_load(NOTHING, "test", bpf.PROG_TYPE_KPROBE)
+    with open(f"/proc/self/fdinfo/{program}", encoding="ascii") as info:
+        assert f"prog_type:\t{bpf.PROG_TYPE_KPROBE}\n" in info.read()
+    with pytest.raises(OSError, match=r".+") as error:
+        bpf.raw_tracepoint_open("sched_process_exit", program)
+    assert error.value.errno == errno.EINVAL
+    os.close(program)
+
+
+def test_how_a_program_will_be_attached_is_in_the_kernels_place_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """union bpf_attr: prog_type at 0, prog_name at 48, expected_attach_type at 68."""
+    given_attributes: list[bytes] = []
+    monkeypatch.setattr(bpf, "_bpf", lambda command, attribute: given_attributes.append(attribute) or 5)
+    assert bpf.program_load(NOTHING, "name", bpf.PROG_TYPE_KPROBE, bpf.TRACE_UPROBE_MULTI) == 5
+    assert bpf.program_load(NOTHING, "name") == 5
+    multi, plain = given_attributes
+    assert [struct.unpack_from("=I", multi, at)[0] for at in (0, 4, 68)] == [bpf.PROG_TYPE_KPROBE, 2, bpf.TRACE_UPROBE_MULTI]
+    assert [struct.unpack_from("=I", plain, at)[0] for at in (0, 68)] == [bpf.PROG_TYPE_RAW_TRACEPOINT, 0]
+    assert multi[48:64] == b"name".ljust(16, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("answers", "has"),
+    [
+        ((errno.EBADF, errno.EINVAL), True),
+        ((errno.EBADF, errno.EBADF), False),  # it looks at the file first: links keep to one thread there
+        ((errno.EINVAL, errno.EINVAL), False),  # it knows no such link
+        ((errno.ESRCH, errno.EINVAL), False),
+    ],
+)
+def test_whether_one_link_can_have_many_places_is_told_by_what_the_kernel_refuses(
+    monkeypatch: pytest.MonkeyPatch, answers: tuple[int, int], has: bool
+) -> None:
+    left = list(answers)
+    program = os.open(os.devnull, os.O_RDONLY)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(left.pop(0), "no")
+
+    monkeypatch.setattr(bpf, "program_load", lambda *_: program)
+    monkeypatch.setattr(bpf, "uprobe_multi_open", refuse)
+    assert bpf.has_uprobe_multi() is has
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(program)
+
+
+def test_a_kernel_that_refuses_the_program_has_no_such_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr(bpf, "program_load", refuse)
+    assert bpf.has_uprobe_multi() is False
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("multi", [True, False])
+def test_a_uprobe_of_a_process_that_is_gone_or_a_file_that_is_none_is_refused(multi: bool) -> None:
+    if multi and not bpf.has_uprobe_multi():
+        pytest.skip("this kernel has no links with many places")
+    program = bpf.program_load(NOTHING, "test", bpf.PROG_TYPE_KPROBE, bpf.TRACE_UPROBE_MULTI if multi else 0)
+
+    def attach(path: str, tgid: int) -> int:
+        if multi:
+            return bpf.uprobe_multi_open(program, path, [0], tgid, returns=False)
+        return bpf.uprobe_open(program, path, 0, tgid, returns=False)
+
+    before = len(os.listdir("/proc/self/fd"))
+    for path, tgid in (("/bin/true", 4_000_001), ("/nonexistent/file", os.getpid())):
+        with pytest.raises(OSError, match=r".+") as error:
+            attach(path, tgid)
+        assert error.value.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(program)
+
+
+@pytest.mark.kernel
 def test_a_tracepoint_that_does_not_exist() -> None:
     program = bpf.program_load(NOTHING, "test")
     with pytest.raises(FileNotFoundError):

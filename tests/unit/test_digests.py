@@ -391,7 +391,7 @@ def test_probes_that_are_refused_leave_none_of_their_part(attempt: int) -> None:
     world = World(found=[OPENSSL, replace(OPENSSL, inode=(1, 3))])
     world.process.refuses = {attempt}
     world.look()
-    assert world.watched.failed == "No such process"
+    assert isinstance(world.watched.failed, ProcessLookupError)
     parts = [part for part, on in world.watched.attached.items() if on]
     assert set(world.process.open.values()) == set(parts)
     assert len(parts) == (attempt - 1) // 2

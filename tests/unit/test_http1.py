@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from bucketprobe import http1
 from bucketprobe.http1 import MAX_METHOD, MAX_PATH, MAX_VALUE, REASONS, Malformed, RequestHead, parse_request, parse_response
 
 CANARY = "s3cr3tCanary"
@@ -339,6 +340,45 @@ def test_secrets_do_not_survive(target: str, lines: list[str], eol: str, cut: in
     with suppress(Malformed):
         assert CANARY not in repr(parse_request(request_bytes[: len(request_bytes) - cut]))
     assert CANARY not in repr(parse_response(response_bytes))
+
+
+# --- Names that are kept besides ---------------------------------------------------------------------------------
+
+MORE_HEADERS = http1.REQUEST_HEADERS | {b"content-md5": "content-md5"}
+MORE_PARAMETERS = http1.PARAMETERS | {b"Sum": "Sum"}
+
+
+def test_names_that_are_asked_for_are_kept_and_no_others() -> None:
+    text = b"PUT /a?Sum=1&sum=2&version=3&other=4 HTTP/1.1\r\nCONTENT-MD5: abc=\r\nETag: x\r\nX-Request-ID: r\r\n\r\n"
+    with_more = parse_request(text, MORE_HEADERS, MORE_PARAMETERS)
+    assert with_more.headers == {"content-md5": "abc=", "x-request-id": "r"}
+    assert with_more.query == {"Sum": "1", "version": "3"}, "parameters are compared as they are"
+    without = parse_request(text)
+    assert (without.headers, without.query) == ({"x-request-id": "r"}, {"version": "3"})
+
+
+def test_a_name_of_the_answer_that_is_asked_for() -> None:
+    text = b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Cache: HIT\r\nSet-Cookie: a\r\n\r\n'
+    assert parse_response(text, http1.RESPONSE_HEADERS | {b"etag": "etag"}).headers == {"etag": '"abc"', "x-cache": "HIT"}
+    assert parse_response(text).headers == {"x-cache": "HIT"}
+
+
+def test_a_name_that_is_asked_for_is_no_exception_to_the_rules() -> None:
+    """Repeated with another value, cut, or not to be printed: it is none, as any other."""
+    for lines in (b"Content-MD5: a\r\nContent-MD5: b\r\n\r\n", b"Content-MD5: \xff\r\n\r\n", b"Content-MD5: a"):
+        assert parse_request(b"PUT /a HTTP/1.1\r\n" + lines, MORE_HEADERS).headers == {}
+
+
+def test_what_one_call_keeps_another_does_not() -> None:
+    text = b"PUT /a HTTP/1.1\r\nContent-MD5: abc=\r\n\r\n"
+    parse_request(text, MORE_HEADERS)
+    assert parse_request(text).headers == {}
+
+
+@given(target=SECRET_TARGET, lines=st.lists(SECRET_LINE, max_size=6))
+def test_secrets_do_not_survive_where_more_is_kept(target: str, lines: list[str]) -> None:
+    text = f"GET {target} HTTP/1.1\r\n{''.join(line + chr(13) + chr(10) for line in lines)}\r\n".encode("latin-1")
+    assert CANARY not in repr(parse_request(text, MORE_HEADERS, MORE_PARAMETERS))
 
 
 def test_errors_carry_no_bytes_of_the_head() -> None:

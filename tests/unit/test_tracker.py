@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import os
+import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import md5, sha256
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketprobe import abi, decode, tracker
+from bucketprobe import abi, decode, integrity, tracker
 from bucketprobe.config import FileClasses, StorageSpec
 from bucketprobe.model import PHASES, Request
 from bucketprobe.resolve import token_bits
@@ -40,13 +42,13 @@ class World:
     written from 21 to 22 ms and renamed at 30 ms. File work is that of a thread that has its request alone, but where `rid` is 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, declared: tuple[str, ...] = tracker.DECLARED) -> None:
         self.done: list[Request] = []
         self.open_before: dict[tuple[int, int], tuple[str, int]] = {}
         self.asked: list[tuple[int, int]] = []
         self.cwd_before: dict[int, str] = {}
         classes = FileClasses(ROOT, realpath=lambda path: path)
-        self.tracker = tracker.Tracker(classes, lambda ns: WALL + ns, self._path_of, self._cwd_of, self.done.append)
+        self.tracker = tracker.Tracker(classes, lambda ns: WALL + ns, self._path_of, self._cwd_of, self.done.append, declared)
 
     def _path_of(self, tgid: int, fd: int) -> tuple[str, int] | None:
         self.asked.append((tgid, fd))
@@ -64,6 +66,9 @@ class World:
 
     def answer(self, rid: int = RID, **values: int) -> None:
         self.head(b"HTTP/1.1 201 Created\r\n\r\n", rid, abi.Direction.RESPONSE, **({"ts": 90 * MS} | values))
+
+    def answer_with(self, data: bytes) -> None:
+        self.head(data, direction=abi.Direction.RESPONSE, ts=90 * MS)
 
     def open(self, path: str, gen: int, *, fd: int = 5, flags: int = os.O_WRONLY, dirfd: int = tracker.AT_FDCWD, **values: int) -> None:
         raw = path.encode()
@@ -1083,3 +1088,326 @@ def test_records_that_are_held_are_bounded(world: World) -> None:
         assert len(world.done) == 5
     world.tracker.flush()
     assert len(world.done) == 15
+
+
+# --- Digests -----------------------------------------------------------------------------------------------------
+
+SHA256 = 672
+BODY, OTHER = b"body", b"other"
+WELL_FORMED = (
+    b"PUT /v1/bucket/artifact HTTP/1.1\r\nHost: h\r\nX-Artifact-Version: v1\r\nX-Uploaded-By: me\r\nX-Provenance-Source: ci\r\n"
+    b"Content-Length: 1000\r\n"
+)
+
+
+def value_of(content: bytes) -> str:
+    return f"sha256:{sha256(content).hexdigest()}"
+
+
+def declaring(content: bytes = BODY, head: bytes = WELL_FORMED) -> bytes:
+    return head + b"X-Artifact-Digest: " + value_of(content).encode() + b"\r\n\r\n"
+
+
+def hashed(world: World, content: bytes = BODY, **values: int) -> None:
+    """A digest was finished at 60 ms, by the thread of the request alone; by whom is not known where `what` is 0."""
+    value = sha256(content).digest()
+    given_values = {"what": FileFlag.ALONE, "rid": RID, "tid": TID, "ts": 60 * MS, "bytes": 1000, "algorithm": SHA256} | values
+    world.tracker.feed(event(abi.Kind.DIGEST, value, n=len(value), **given_values))
+
+
+def uploaded(world: World, **values: int) -> Request:
+    return world.finished(bytes_in=1000, received_ns=50 * MS, **values)
+
+
+@pytest.fixture
+def proven(world: World) -> World:
+    """What hashes there was tried, and is read right."""
+    world.tracker.learn_hasher(TGID, integrity.Hasher("libcrypto", proven=True, outside_ns=500.0))
+    return world
+
+
+def test_a_digest_of_the_requests_own_thread_is_its_own(proven: World) -> None:
+    proven.head(declaring())
+    hashed(proven)
+    digest = uploaded(proven).digest
+    assert (digest.declared, digest.computed, digest.evidence) == (value_of(BODY), value_of(BODY), "thread")
+    assert (digest.result, digest.mismatch, digest.bytes, digest.verified) == ("match", None, 1000, ())
+    assert (digest.source, digest.ns) == ("none", None), "no call was ever timed there"
+
+
+@pytest.mark.parametrize("status", [201, 400])
+def test_a_digest_that_is_not_the_declared_one_is_a_mismatch_whatever_the_answer(proven: World, status: int) -> None:
+    proven.head(declaring())
+    hashed(proven, OTHER)
+    digest = uploaded(proven, status=status).digest
+    assert (digest.computed, digest.result, digest.mismatch) == (value_of(OTHER), "mismatch", "computed")
+
+
+@pytest.mark.parametrize("values", [{"bytes": 999}, {"bytes": 100}, {"algorithm": 0}, {"algorithm": 1}])
+def test_a_digest_of_something_else_is_not_compared(proven: World, values: dict[str, int]) -> None:
+    proven.head(declaring())
+    hashed(proven, OTHER, **values)
+    digest = uploaded(proven).digest
+    assert (digest.computed, digest.result, digest.mismatch) == (None, None, None)
+
+
+def test_an_upload_that_was_broken_off_is_no_mismatch(proven: World) -> None:
+    proven.head(declaring())
+    hashed(proven, OTHER, bytes=700)
+    assert proven.end(Outcome.CLIENT_CLOSED, bytes_in=700, status=0) is None
+    digest = proven.records()[RID].digest
+    assert (digest.declared, digest.computed, digest.result, digest.mismatch) == (value_of(BODY), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "mismatch"),
+    [
+        (declaring(), 400, "answer"),
+        (declaring(), 201, None),
+        (declaring(), 409, None),
+        (declaring(), 500, None),
+        *(
+            (declaring(head=re.sub(b"(?i)%s: [^\r]*\r\n" % name, b"", WELL_FORMED)), 400, None)
+            for name in (b"x-artifact-version", b"x-uploaded-by")
+        ),
+        (declaring(head=re.sub(b"X-Provenance-Source: ci\r\n", b"", WELL_FORMED)), 400, None),
+        (WELL_FORMED + b"\r\n", 400, None),
+        (WELL_FORMED + b"X-Artifact-Digest: sha256:what\r\n\r\n", 400, None),
+    ],
+)
+def test_without_a_value_a_refusal_is_a_mismatch_where_nothing_else_explains_it(
+    proven: World, data: bytes, status: int, mismatch: str | None
+) -> None:
+    proven.head(data)
+    assert uploaded(proven, status=status).digest.mismatch == mismatch
+
+
+def test_a_refusal_of_a_body_that_is_right_is_no_mismatch(proven: World) -> None:
+    proven.head(declaring())
+    hashed(proven)
+    digest = uploaded(proven, status=400).digest
+    assert (digest.result, digest.mismatch) == ("match", None)
+
+
+def test_a_refusal_before_the_body_was_there_is_no_mismatch(proven: World) -> None:
+    proven.head(declaring())
+    assert proven.finished(bytes_in=300, status=400).digest.mismatch is None
+
+
+def test_a_value_must_prove_itself_where_nobody_could_try_it(world: World) -> None:
+    world.tracker.learn_hasher(TGID, integrity.Hasher("node", proven=False))
+    results = []
+    for rid, content in enumerate((OTHER, BODY, OTHER), 1):
+        world.head(declaring(), rid=rid)
+        hashed(world, content, rid=rid, tid=rid)
+        results.append(uploaded(world, rid=rid).digest.result)
+    assert results == [None, "match", "mismatch"]
+
+
+def test_a_hash_that_is_finished_twice_is_one(proven: World) -> None:
+    proven.head(declaring())
+    hashed(proven, ran_ns=1_000)
+    hashed(proven, ran_ns=1_001)
+    assert uploaded(proven).digest.bytes == 1000
+
+
+@pytest.mark.parametrize(("content", "result"), [(BODY, "match"), (OTHER, "mismatch")])
+def test_what_is_read_back_from_storage_is_verified_once(proven: World, content: bytes, result: str) -> None:
+    proven.head(declaring())
+    proven.open("/srv/bucket/a", 1)
+    proven.file(1, write_calls=1, write_bytes=1000)
+    hashed(proven)
+    proven.open("/srv/bucket/a", 2, flags=os.O_RDONLY)
+    proven.file(2, read_calls=1, read_bytes=1000, first_ns=61 * MS, last_ns=65 * MS)
+    hashed(proven, content, ts=70 * MS, ran_ns=1 * MS)
+    digest = uploaded(proven).digest
+    assert (digest.result, digest.verified, digest.bytes) == ("match", (result,), 2000)
+
+
+def test_a_file_that_is_not_the_storages_is_no_read_back(proven: World) -> None:
+    proven.head(declaring())
+    proven.open("/etc/other", 2, flags=os.O_RDONLY)
+    proven.file(2, read_calls=1, read_bytes=1000, first_ns=51 * MS, last_ns=55 * MS)
+    hashed(proven)
+    assert uploaded(proven).digest.verified == ()
+
+
+@pytest.mark.parametrize(("content", "result"), [(BODY, "match"), (OTHER, "mismatch")])
+def test_a_read_that_says_what_it_should_get_is_verified(proven: World, content: bytes, result: str) -> None:
+    proven.head(b"GET /v1/bucket/artifact?version=v1&digest=%s HTTP/1.1\r\nHost: h\r\n\r\n" % value_of(BODY).encode())
+    proven.open("/srv/bucket/a", 1, flags=os.O_RDONLY)
+    proven.file(1, read_calls=1, read_bytes=1000)
+    hashed(proven, content)
+    digest = proven.finished(status=200, bytes_out=1000).digest
+    assert (digest.declared, digest.verified, digest.mismatch) == (value_of(BODY), (result,), None)
+
+
+@pytest.mark.parametrize(
+    ("declared", "head", "answer"),
+    [
+        (("header:Content-MD5",), b"PUT /x HTTP/1.1\r\nContent-Length: 1000\r\nContent-MD5: %(md5)s\r\n\r\n", b""),
+        (("query:sum",), b"PUT /x?sum=%(sha)s&digest=no HTTP/1.1\r\nContent-Length: 1000\r\n\r\n", b""),
+        (("path",), b"PUT /blobs/sha256/%(sha)s HTTP/1.1\r\nContent-Length: 1000\r\n\r\n", b""),
+        (("header:none", "response:ETag"), b"PUT /x HTTP/1.1\r\nContent-Length: 1000\r\n\r\n", b'ETag: "%(sha)s"\r\n'),
+    ],
+)
+def test_a_digest_is_declared_where_the_settings_say(declared: tuple[str, ...], head: bytes, answer: bytes) -> None:
+    names = {b"md5": b64encode(md5(BODY, usedforsecurity=False).digest()), b"sha": sha256(BODY).hexdigest().encode()}
+    world = World(declared)
+    world.head(head % names)
+    world.answer_with(b"HTTP/1.1 200 OK\r\n" + answer % names + b"\r\n")
+    found = uploaded(world).digest.declared
+    assert found in (value_of(BODY), f"md5:{md5(BODY, usedforsecurity=False).hexdigest()}")
+
+
+def test_hostile_text_in_the_place_of_a_digest_is_none(world: World) -> None:
+    """It is percent-encoded UTF-8 there, so any letter may come."""
+    for rid, text in enumerate((b"%C5%BFha256:" + b"ab" * 32, b"%00", b"sha256:%F0%9F%98%80", b"=" * 400), 1):
+        world.head(b"PUT /v1/b/a?digest=" + text + b" HTTP/1.1\r\nContent-Length: 1000\r\n\r\n", rid=rid)
+        assert uploaded(world, rid=rid).digest.declared is None
+
+
+# --- Whose they are --------------------------------------------------------------------------------------------
+
+
+def together(world: World, *declared: bytes) -> None:
+    """So many requests that one thread serves at once."""
+    for rid, content in enumerate(declared, 1):
+        world.head(declaring(content), rid=rid)
+
+
+def test_of_requests_that_are_served_at_once_each_gets_its_own(proven: World) -> None:
+    contents = [b"%d" % number for number in range(4)]
+    together(proven, *contents)
+    for content in (contents[2], contents[0], OTHER, contents[3]):
+        hashed(proven, content, what=0, rid=0)
+    for rid in (3, 1, 2, 4):
+        proven.end(rid=rid, bytes_in=1000, received_ns=50 * MS, flags=Flag.INTERLEAVED)
+    digests = {rid: request.digest for rid, request in proven.records().items()}
+    assert {rid: digest.result for rid, digest in digests.items()} == {1: "match", 2: "mismatch", 3: "match", 4: "match"}
+    assert digests[2].computed == value_of(OTHER)
+    assert proven.tracker.unattributed_digests() == 0
+
+
+def test_a_digest_by_the_file_that_its_thread_wrote(proven: World) -> None:
+    together(proven, BODY, BODY)
+    for rid in (1, 2):
+        proven.open(f"/srv/bucket/{rid}", rid, rid=rid)
+        proven.file(rid, rid=rid, write_calls=1, write_bytes=1000)
+    hashed(proven, OTHER, what=0, rid=0, wrote=2)
+    hashed(proven, BODY, what=0, rid=0, wrote=1, tid=TID + 1)
+    digests = [uploaded(proven, rid=rid).digest for rid in (1, 2)]
+    assert [(digest.result, digest.evidence) for digest in digests] == [("match", "descriptor"), ("mismatch", "descriptor")]
+
+
+def test_a_digest_whose_request_is_not_known_waits_for_one_that_fits(proven: World) -> None:
+    """Its head was lost, say: the kernel knew it, and the agent does not."""
+    hashed(proven, rid=77)
+    proven.head(declaring())
+    assert uploaded(proven).digest.result == "match"
+
+
+def test_digests_of_nobody_are_counted_when_their_time_is_over(proven: World) -> None:
+    hashed(proven, what=0, rid=0)
+    assert proven.tracker.unattributed_digests() == 0
+    proven.tracker.tick(60 * MS + tracker.PENDING_NS + 1)
+    assert proven.tracker.unattributed_digests() == 1
+
+
+def test_digests_of_nobody_are_counted_when_their_process_ends(proven: World) -> None:
+    for number in range(3):
+        hashed(proven, b"%d" % number, what=0, rid=0)
+    proven.tracker.forget_process(TGID)
+    assert proven.tracker.unattributed_digests() == 3
+
+
+def test_a_process_that_is_gone_stays_forgotten(proven: World) -> None:
+    """That its probes came off is told after it ended."""
+    proven.tracker.learn_probing(TGID, "value", on=True, at_ns=1 * MS)
+    proven.tracker.forget_process(TGID)
+    proven.tracker.learn_probing(TGID, "value", on=False, at_ns=2 * MS)
+    proven.tracker.learn_hashing(TGID, 1 << 20, 600_000, 1 * MS, 2 * MS)
+    assert proven.tracker._processes == {}
+
+
+# --- Their time --------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_were_timed_are_the_phase_with_what_the_probes_do_not_see_of_themselves(proven: World) -> None:
+    proven.head(declaring())
+    hashed(proven, ns=3 * MS, timed_bytes=1000, calls=4)
+    request = uploaded(proven)
+    assert (request.digest.source, request.digest.ns) == ("exact", 3 * MS + 4 * 500)
+    assert request.phases["digest"] == request.phase_totals["digest"] == request.digest.ns
+    assert sum(request.phases.values()) == request.duration_ns
+
+
+@pytest.mark.parametrize("values", [{"timed_bytes": 900}, {"timed_bytes": 1001}, {"timed_bytes": 0, "calls": 0}, {"timed_bytes": 3000}])
+def test_calls_of_which_not_all_were_timed_are_no_time(proven: World, values: dict[str, int]) -> None:
+    proven.head(declaring())
+    hashed(proven, **({"ns": 3 * MS, "calls": 4} | values))
+    request = uploaded(proven)
+    assert (request.digest.source, request.digest.ns) == ("none", None)
+    assert "digest" not in request.phases
+
+
+def test_gos_calls_are_of_whole_blocks(proven: World) -> None:
+    """1000 bytes and their padding are 16 blocks of 64; a little of something else is taken off."""
+    for rid, (timed_bytes, ns) in enumerate([(1024, 3 * MS), (1033, 3 * MS * 1024 / 1033)], 1):
+        proven.head(declaring(), rid=rid)
+        hashed(proven, rid=rid, tid=rid, ns=3 * MS, timed_bytes=timed_bytes, calls=1)
+        digest = uploaded(proven, rid=rid).digest
+        assert (digest.source, digest.ns) == ("exact", pytest.approx(ns, rel=0.001))
+
+
+def test_a_prefix_and_the_whole_of_one_hash_are_its_bytes_once(proven: World) -> None:
+    """As where the digest so far is asked for on the way."""
+    proven.head(declaring())
+    hashed(proven, OTHER, bytes=400, timed_bytes=400, ns=1 * MS, calls=1)
+    hashed(proven, BODY, ts=61 * MS, timed_bytes=600, ns=2 * MS, calls=2)
+    digest = uploaded(proven).digest
+    assert (digest.result, digest.bytes, digest.ns) == ("match", 1000, 3 * MS + 3 * 500)
+
+
+def test_a_rate_that_was_measured_is_a_model_for_the_others_that_run_the_same(proven: World) -> None:
+    proven.tracker.learn_hasher(TGID + 1, integrity.Hasher("libcrypto", proven=True))
+    proven.tracker.learn_hasher(TGID + 2, integrity.Hasher("another", proven=True))
+    proven.tracker.learn_hashing(TGID, 1 << 20, 2 << 20, 1 * MS, 2 * MS)
+    sources = {}
+    for tgid in (TGID, TGID + 1, TGID + 2):
+        proven.head(declaring(), rid=tgid, tgid=tgid)
+        hashed(proven, rid=tgid, tgid=tgid)
+        digest = uploaded(proven, rid=tgid, tgid=tgid).digest
+        sources[tgid] = (digest.source, digest.ns)
+    assert sources == {TGID: ("model", 2000), TGID + 1: ("model", 2000), TGID + 2: ("none", None)}
+
+
+def test_a_request_of_a_time_in_which_values_were_not_seen_is_taken_to_hash_as_the_others_did(proven: World) -> None:
+    proven.tracker.learn_hashing(TGID, 1 << 20, 2 << 20, 1 * MS, 2 * MS)
+    proven.tracker.learn_probing(TGID, "value", on=True, at_ns=1 * MS)
+    for rid in range(1, 10):
+        proven.head(declaring(), rid=rid)
+        hashed(proven, rid=rid, tid=rid)
+        uploaded(proven, rid=rid)
+    proven.tracker.learn_probing(TGID, "value", on=False, at_ns=120 * MS)
+    proven.head(declaring(), rid=10, ts=130 * MS)
+    digest = proven.finished(rid=10, bytes_in=4000, start_ns=130 * MS, received_ns=140 * MS, end_ns=150 * MS).digest
+    assert (digest.source, digest.bytes, digest.ns) == ("model", 4000, 8000)
+    assert (digest.computed, digest.result) == (None, None)
+
+
+def test_an_estimate_is_never_more_than_the_request_took(proven: World) -> None:
+    proven.tracker.learn_hashing(TGID, 1 << 20, 1 << 40, 1 * MS, 2 * MS)
+    proven.head(declaring())
+    hashed(proven)
+    request = uploaded(proven)
+    assert sum(request.phases.values()) == request.duration_ns
+    assert request.phases["digest"] <= request.duration_ns
+
+
+def test_where_no_value_can_be_seen_the_calls_of_the_requests_thread_are_its_time(world: World) -> None:
+    world.tracker.learn_hasher(TGID, integrity.Hasher("static", valued=False, outside_ns=500.0))
+    world.tracker.learn_probing(TGID, "time", on=True, at_ns=1 * MS)
+    world.head(declaring())
+    digest = uploaded(world, hash_ns=2 * MS, hash_calls=3).digest
+    assert (digest.source, digest.ns, digest.computed, digest.result) == ("exact", 2 * MS + 1500, None, None)
