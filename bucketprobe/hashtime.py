@@ -70,33 +70,36 @@ class _Measurement:
 
 
 class HashTime:
-    """Of one process."""
+    """Of one process, or of several that run the same. What requests are asked for is worked out when something was measured."""
 
     def __init__(self) -> None:
         self._measurements: deque[_Measurement] = deque(maxlen=MEASUREMENTS)
         self._requests: deque[tuple[int, Gaps]] = deque(maxlen=REQUESTS)  # when it ended (a stamp), and its gaps
-        self._own: deque[float] = deque(maxlen=MEASUREMENTS)  # a gap's own time, ns
+        self._owns: deque[float] = deque(maxlen=MEASUREMENTS)
+        self._own = 0.0  # a gap's own time, ns
         self._fits = False
         self._spread = 0.0
+        self._drift = 10.0
+        #: ns per byte.
+        self.rate: float | None = None
 
     def measured(self, nbytes: int, ns: int, from_ns: int, until_ns: int) -> None:
         """So many bytes took so long between these stamps."""
         if nbytes < LEAST_BYTES or ns <= 0:
             return
-        measurement = _Measurement(from_ns, until_ns, ns / nbytes, nbytes)
-        self._measurements.append(measurement)
-        self._learn_gaps(measurement)
+        now = _Measurement(from_ns, until_ns, ns / nbytes, nbytes)
+        self._measurements.append(now)
+        self.rate = sum(each.rate * each.bytes for each in self._measurements) / sum(each.bytes for each in self._measurements)
+        rates = [each.rate for each in self._measurements]
+        if len(rates) > 1:
+            # By how much they differ among each other, per cent: twice their standard deviation.
+            self._drift = 200 * stdev(rates) / median(rates)
+        self._learn_gaps(now)
 
     def ended(self, end_ns: int, gaps: Gaps, hashed: int) -> None:
         """A request whose gaps no probe was in: its bytes were all hashed, once."""
         if gaps.count and 0 < gaps.bytes <= hashed:
             self._requests.append((end_ns, gaps))
-
-    @property
-    def rate(self) -> float | None:
-        """ns per byte."""
-        total = sum(each.bytes for each in self._measurements)
-        return sum(each.rate * each.bytes for each in self._measurements) / total if total else None
 
     def estimate(self, hashed: int, timed: Timed | None, gaps: Gaps) -> Estimate | None:
         """Of a request that hashed so many bytes; `timed` where its calls were, all of them. None: nothing is known."""
@@ -106,22 +109,17 @@ class HashTime:
         if rate is None or not hashed:
             return None
         if self._fits and gaps.count and gaps.bytes <= hashed:
-            ns = gaps.ns - gaps.count * median(self._own) + rate * (hashed - gaps.bytes)
+            ns = gaps.ns - gaps.count * self._own + rate * (hashed - gaps.bytes)
             if BELIEVED[0] <= ns / (rate * hashed) <= BELIEVED[1]:
                 return Estimate("gap", round(ns), round(GAP_ERROR + self._spread, 1))
-        return Estimate("model", round(rate * hashed), round(MODEL_ERROR + self._drift(), 1))
-
-    def _drift(self) -> float:
-        """By how much the measurements differ among each other, per cent: twice their standard deviation."""
-        rates = [each.rate for each in self._measurements]
-        return 200 * stdev(rates) / median(rates) if len(rates) > 1 else 10.0
+        return Estimate("model", round(rate * hashed), round(MODEL_ERROR + self._drift, 1))
 
     def _learn_gaps(self, now: _Measurement) -> None:
         near = [gaps for end_ns, gaps in self._requests if now.from_ns - NEAR_NS < end_ns < now.until_ns + NEAR_NS]
         if len(near) < LEAST_REQUESTS:
             return
-        self._own.append(max(0.0, median((gaps.ns - now.rate * gaps.bytes) / gaps.count for gaps in near)))
-        own = median(self._own)
+        self._owns.append(max(0.0, median((gaps.ns - now.rate * gaps.bytes) / gaps.count for gaps in near)))
+        own = self._own = median(self._owns)
         ratios = [(gaps.ns - gaps.count * own) / (now.rate * gaps.bytes) for gaps in near]
         tenths = quantiles(ratios, n=10)
         self._fits = FITS[0] <= tenths[0] and tenths[-1] <= FITS[1] and own <= OWN_SHARE * median(gaps.ns / gaps.count for gaps in near)

@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Measure what the agent costs on this host (as root).",
         epilog="Example: .venv/bin/python tests/bench/bench.py --quick --only ready,syscalls",
     )
-    parser.add_argument("--quick", action="store_true", help="a minute or two, with fewer cases and repetitions")
+    parser.add_argument("--quick", action="store_true", help="a few minutes, with fewer cases and repetitions")
     parser.add_argument("--only", metavar="PARTS", help=f"some parts, with commas between: {', '.join(PARTS)}")
     parser.add_argument("--store", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where the artifacts go [%(default)s]")
     parser.add_argument("--out", type=Path, default=ROOT / "out/bench/results.json", metavar="FILE", help="[out/bench/results.json]")

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from figures import Part, Spent, alternate, relative, relative_interval
+from figures import Part, Spent, alternate, differences, relative, relative_interval
 from host import file_system, system_call_tracers
 from rig import Agent, Bucket, Rig, on_cpus
 from uploads import Uploads
@@ -69,11 +69,17 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One stretch of load on one server. `cpu_ns`: of the server's processes, user and system."""
+    """One stretch of load on one server. `cpu_ns`: of the server's processes, user and system; `agent_ns`: of its agent and broker."""
 
     uploads: int
     seconds: float
     cpu_ns: int
+    agent_ns: int = 0
+
+    @property
+    def agent_us(self) -> float:
+        """CPU time of agent and broker per upload."""
+        return self.agent_ns / self.uploads / 1e3
 
 
 #: Two rounds next to each other: without looking at digests, and with.
@@ -148,18 +154,19 @@ def compare(
         own = {idle.broker_pid, looking.broker_pid}
         for case in CASES:
             rig.progress(f"{part.name}: {name}, {case.name}")
-            clients = [Uploads(bucket.port, case.size, WORKERS) for bucket in (off[case], on[case])]
+            buckets, agents = (off[case], on[case]), (idle, looking)
+            clients = [Uploads(bucket.port, case.size, WORKERS) for bucket in buckets]
             if mode == "auto":
                 spend_grants(looking, on[case], SPEND_LOOKS)
             for side in (False, True):
-                run(rig, (off, on)[side][case], clients[side])
+                run(rig, buckets[side], agents[side], clients[side])
             time.sleep(TOLD_SECONDS)
             before = accounts(looking)
             rounds: list[Rounds] = []
             for order in alternate(pairs):
                 by_side = {}
                 for side in order:
-                    by_side[side] = run(rig, (off, on)[side][case], clients[side])
+                    by_side[side] = run(rig, buckets[side], agents[side], clients[side])
                 rounds.append((by_side[False], by_side[True]))
                 part.pairs += 1
                 part.disturbed += not system_call_tracers() <= own
@@ -232,12 +239,13 @@ def are_spent(ever: Accounts, lately: Accounts) -> bool:
     )
 
 
-def run(rig: Rig, bucket: Bucket, clients: Uploads) -> Round:
+def run(rig: Rig, bucket: Bucket, agent: Agent, clients: Uploads) -> Round:
     bucket.clear()
-    time.sleep(DRAIN_SECONDS)
-    before = bucket.cpu_ns()
+    before, agent_before = bucket.cpu_ns(), sum(agent.cpu_ns())
     done = clients.run(rig.plan.digest_round_s)
-    return Round(done.uploads, done.seconds, bucket.cpu_ns() - before)
+    cpu_ns = bucket.cpu_ns() - before
+    time.sleep(DRAIN_SECONDS)
+    return Round(done.uploads, done.seconds, cpu_ns, sum(agent.cpu_ns()) - agent_before)
 
 
 def add(part: Part, case: Case, compared: Compared) -> None:
@@ -251,9 +259,12 @@ def add(part: Part, case: Case, compared: Compared) -> None:
         samples = [100 * (1 - 1 / ratio) for ratio in crossed(wall)]
         mean, low, high = (100 * (1 - 1 / ratio) for ratio in relative_interval(wall))
         part.add(f"{case.name}: {mode}: uploads per second, lost", "% (mean, 95 %)", samples, goal, (mean, low, high))
+        added = differences([(off.agent_us, on.agent_us) for rounds in stages for off, on in rounds])
+        part.add(f"{case.name}: {mode}: agent + broker CPU per upload, added", "us", added)
         part.add(f"{case.name}: {mode}: account", "% of server CPU", [100 * value for value in compared.accounts[mode]])
     off_rounds = [off for rounds in compared.auto for off, _ in rounds]
     part.add(f"{case.name}: server CPU per upload, off", "us", [each.cpu_ns / each.uploads / 1e3 for each in off_rounds])
+    part.add(f"{case.name}: agent + broker CPU per upload, off", "us", [each.agent_us for each in off_rounds])
     part.add(f"{case.name}: uploads per second, off", "1/s", [each.uploads / each.seconds for each in off_rounds])
 
 

@@ -46,6 +46,7 @@ TABLES = {
             "auto: uploads per second, lost": "uploads/s lost, %",
             GOAL: "first goal, %",
             "auto: account": "server CPU added by the agent's account, %",
+            "auto: agent + broker CPU per upload, added": "agent + broker CPU per upload, added, µs",
             "always: server CPU per upload, added": "always: server CPU added, %",
             "always: account": "always: by the agent's account, %",
             "server CPU per upload, off": "server CPU per upload, off, µs",
