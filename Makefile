@@ -26,10 +26,12 @@ lint: setup ## Check style with ruff and types with mypy
 	@rm -rf build
 	cd .venv/typecheck && ../bin/python -m mypy --config-file ../../pyproject.toml -p bucketprobe
 
-bench: setup ## Measure what the agent costs, and update the README's tables (as root, some eight minutes)
+bench: setup ## Measure what the agent costs, and update the README's tables (as root, some twelve minutes)
 	@$(python) tests/bench/bench.py
 	@$(python) tests/bench/readme_table.py
 
 truth: setup-test ## Compare what the agent reports with servers that know the truth, and update the README's table (as root)
 	@$(python) tests/truth/matrix.py; code=$$?; \
 	if [ $$code -le 1 ]; then $(python) tests/truth/readme_table.py || code=$$?; fi; exit $$code
+	@$(python) tests/truth/digests.py; code=$$?; \
+	if [ $$code -le 1 ]; then $(python) tests/truth/digest_readme.py || code=$$?; fi; exit $$code

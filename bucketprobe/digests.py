@@ -22,9 +22,10 @@ from bucketprobe.providers import Provider, Site
 Part = Literal["time", "value"]
 PARTS: tuple[Part, ...] = ("time", "value")
 
-#: With what an account begins, and how much it holds at most, ns: a thousand hits and more.
+#: With what an account begins, and up to what it is filled again, ns: a thousand hits and more. What a quiet time leaves is little, so
+#: that a busy one keeps its share by itself.
 GRANT_NS = {"time": 5_000_000, "value": 10_000_000}
-MOST_NS = {"time": 20_000_000, "value": 20_000_000}
+MOST_NS = {"time": 5_000_000, "value": 5_000_000}
 #: For how long there must be enough before probes go on again: some calls, or some whole uploads.
 AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
 #: How soon the accounts are looked at after probes went on; and while they are, at most how late, where they are hit and where not.
@@ -108,7 +109,8 @@ class Account:
         self.balance_ns = float(GRANT_NS[self.part]) if self.share else 0.0
 
     def earn(self, cpu_ns: int) -> None:
-        self.balance_ns = min(self.balance_ns + (self.share or 0.0) * cpu_ns, float(MOST_NS[self.part]))
+        most = max(self.balance_ns, float(MOST_NS[self.part]))
+        self.balance_ns = min(self.balance_ns + (self.share or 0.0) * cpu_ns, most)
 
     def spend(self, ns: float, wall_ns: int) -> None:
         self.spent_ns += ns

@@ -30,10 +30,10 @@ FITS = (0.88, 1.15)
 LEAST_REQUESTS = 20
 #: A request whose gaps say that it took less or more of what the rate says did something else in them.
 BELIEVED = (0.5, 3.0)
-#: How well the probes' own time within a call is known, in ns.
-INSIDE_ERROR_NS = 250.0
-#: The least error that is stated, per cent. They hold for 95 of 100 requests: see tests/truth.
-EXACT_ERROR, GAP_ERROR, MODEL_ERROR = 2.0, 5.0, 10.0
+#: How well the probes' share in a call is known, ns, and that in a request's first, which finds nothing of them in the caches.
+CALL_ERROR_NS, FIRST_ERROR_NS = 600.0, 12_000.0
+#: The least error that is stated, per cent. They are to hold for 95 of 100 requests: see tests/truth.
+EXACT_ERROR, GAP_ERROR, MODEL_ERROR = 3.0, 5.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,8 @@ class HashTime:
     def estimate(self, hashed: int, timed: Timed | None, gaps: Gaps) -> Estimate | None:
         """Of a request that hashed so many bytes; `timed` where its calls were, all of them. None: nothing is known."""
         if timed and timed.ns > 0:
-            return Estimate("exact", round(timed.ns), round(EXACT_ERROR + 100 * timed.calls * INSIDE_ERROR_NS / timed.ns, 1))
+            unsure = timed.calls * CALL_ERROR_NS + FIRST_ERROR_NS
+            return Estimate("exact", round(timed.ns), round(EXACT_ERROR + 100 * unsure / timed.ns, 1))
         rate = self.rate
         if rate is None or not hashed:
             return None

@@ -53,7 +53,7 @@ def test_of_a_request_that_hashed_nothing_nothing_is_said() -> None:
 
 
 def test_calls_that_were_timed_need_no_rate() -> None:
-    assert HashTime().estimate(MIB, Timed(600_000.4, MIB, 16), NO_GAPS) == Estimate("exact", 600_000, 2.7)
+    assert HashTime().estimate(MIB, Timed(600_000.4, MIB, 16), NO_GAPS) == Estimate("exact", 600_000, 6.6)
 
 
 def test_they_win_over_what_is_only_likely() -> None:
