@@ -32,6 +32,7 @@ bench: setup ## Measure what the agent costs, and update the README's tables (as
 
 truth: setup-test ## Compare what the agent reports with servers that know the truth, and update the README's table (as root)
 	@$(python) tests/truth/matrix.py; code=$$?; \
-	if [ $$code -le 1 ]; then $(python) tests/truth/readme_table.py || code=$$?; fi; exit $$code
-	@$(python) tests/truth/digests.py; code=$$?; \
-	if [ $$code -le 1 ]; then $(python) tests/truth/digest_readme.py || code=$$?; fi; exit $$code
+	[ $$code -gt 1 ] || $(python) tests/truth/readme_table.py || code=$$?; \
+	$(python) tests/truth/digests.py; digests=$$?; \
+	[ $$digests -gt 1 ] || $(python) tests/truth/digest_readme.py || digests=$$?; \
+	exit $$((code > digests ? code : digests))

@@ -3,8 +3,7 @@
 
     python tests/truth/digest_readme.py
 
-Reads the runs that `out/truth/digests/digests.json` names, and replaces what stands between `<!-- digests: begin -->` and
-`<!-- digests: end -->`.
+Reads `out/truth/digests/digests.json` and replaces what stands between `<!-- digests:begin -->` and `<!-- digests:end -->`.
 """
 
 from __future__ import annotations
@@ -19,88 +18,85 @@ from typing import Any
 from bucketprobe.errors import BucketprobeError, UsageError
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- digests: begin -->", "<!-- digests: end -->"
-HEADER = (
-    "| server, pieces | time, auto | time, always | sources in auto, % | values right, auto | values right, always |",
-    "|---|---:|---:|---|---:|---:|",
-)
+BEGIN, END = "<!-- digests:begin -->", "<!-- digests:end -->"
+SERVERS = ("threads", "prefork", "asyncio", "node", "go")
+SIZES = ("16K", "64K", "256K", "1M")
 EXPLANATION = (
-    "Time: the sum in the records by the sum of the server's own CPU clock around its calls. Values right: uploads whose record has the"
-    " digest that the server computed; in mode auto the budget leaves some unseen."
+    "CPU time of hashing in the records, in per cent of what the server's own clocks around the hash function say, summed over all uploads;"
+    " in brackets the share of them whose time is `exact`. Columns: the size of the pieces that are hashed. Values: computed digests that"
+    " are the server's own, of all uploads of these runs."
 )
 
 Report = Mapping[str, Any]
 
 
 def table(summary: Report) -> str:
-    """Markdown: a row for each server and size; a line for each of the other parts. Raises UsageError where a run gave no numbers."""
-    reports = summary["runs"]
-    for report in reports:
+    """Markdown: a row for each server, what came of mismatches and of changed files, and where it was measured.
+
+    Raises UsageError where a run gave no numbers.
+    """
+    for report in summary["runs"]:
         if "scores" not in report:
             raise UsageError(f"the run {report['name']} failed ({report['missed'][0]}); mend that and run `make truth` again")
-    timed = {report["name"]: report for report in reports if report["part"] in ("time", "manners")}
-    names = dict.fromkeys(name.removesuffix("-auto") for name in timed)
-    rows = [row(name, timed.get(f"{name}-auto"), timed.get(name)) for name in names]
-    others = [line for part in ("corrupt", "stored", "reads") if (line := part_text(part, of_part(reports, part)))]
+    runs = {report["name"]: report for report in summary["runs"]}
+    titles = ["server", *(f"{size}, auto" for size in SIZES), "64K, always", "values right"]
+    lines = [row(titles), row(["---"] * len(titles))]
+    for server in SERVERS:
+        columns = [*(f"{server}-{size}-auto" for size in SIZES), f"{server}-64K"]
+        mine = [runs[name] for name in columns if name in runs]
+        lines.append(row([server, *(time_text(runs.get(name)) for name in columns), values_text(mine)]))
     place = summary["environment"]
-    measured = f"Measured on {place['date']} on Linux {place['kernel']} ({place['machine']}, {place['cpus']} CPUs) by `make truth`."
-    return "\n".join([*HEADER, *rows, "", EXPLANATION, "", *others, "", measured])
+    measured = (
+        f"Measured on {place['date']} on Linux {place['kernel']} ({place['machine']}, {place['cpus']} CPUs) by `make truth`, which also"
+        " writes this table."
+    )
+    return "\n".join([*lines, "", EXPLANATION, "", integrity_text(summary["runs"]), "", measured])
 
 
-def row(name: str, auto: Report | None, always: Report | None) -> str:
-    cells = [name, ratio(auto), ratio(always), sources(auto), values(auto), values(always)]
+def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def ratio(report: Report | None) -> str:
-    found = report["scores"]["time"].get("write", {}).get("ratio") if report else None
-    return "-" if found is None else f"{100 * found:.1f} %"
-
-
-def sources(report: Report | None) -> str:
-    if report is None:
+def time_text(report: Report | None) -> str:
+    """The sum in % of the truth, and how many of the uploads have an exact time."""
+    found = report["scores"]["time"].get("write") if report else None
+    if found is None or found["ratio"] is None:
         return "-"
-    shares = report["scores"]["time"].get("write", {}).get("by_source", {})
-    return ", ".join(f"{name} {one['share_pct']:.0f}" for name, one in shares.items()) or "-"
+    exact = found["by_source"].get("exact", {}).get("share_pct", 0)
+    return f"{100 * found['ratio']:.1f} % ({exact:.0f} %)"
 
 
-def values(report: Report | None) -> str:
-    if report is None:
-        return "-"
-    found = report["scores"]["values"]
-    wrong = f", {found['wrong']:,} wrong" if found["wrong"] else ""
-    return f"{found['right']:,} of {found['uploads']:,}{wrong}"
+def values_text(reports: Sequence[Report]) -> str:
+    values = [report["scores"]["values"] for report in reports]
+    return f"{sum(one['right'] for one in values):,} of {sum(one['uploads'] for one in values):,}"
 
 
-def of_part(reports: Iterable[Report], part: str) -> list[Report]:
-    return [report for report in reports if report["part"] == part]
+def integrity_text(reports: Sequence[Report]) -> str:
+    """What was told of wrong digests, and of a file that was changed in storage."""
+    corrupt, stored = ([report for report in reports if report["part"] == part] for part in ("corrupt", "stored"))
+    sentences = []
+    if corrupt:
+        first = corrupt[0]
+        told, hidden = (listed(report["mismatches"][name] for report in corrupt) for name in ("told", "hidden_told"))
+        sentences.append(
+            f"Of {first['scores']['requests']:,} uploads each, {first['mismatches']['declared_wrong']} with a wrong digest of which the"
+            f" server hides {first['mismatches']['hidden']}: told {told}, hidden ones {hidden} ({servers_of(corrupt)})."
+        )
+    if stored:
+        found = listed(report["scores"]["verified"]["recorded"].get("mismatch", 0) for report in stored)
+        sentences.append(
+            f"One stored file of {stored[0]['scores']['requests']:,} changed before it is read back: {found} `mismatch`"
+            f" ({servers_of(stored)})."
+        )
+    return " ".join(sentences)
 
 
-def part_text(part: str, reports: Sequence[Report]) -> str:
-    """A list item: for each server what was told of what was there; nothing where the part was not run."""
-    if not reports:
-        return ""
-    show = mismatches if part == "corrupt" else verified
-    told = "; ".join(f"{report['name'].rpartition('-')[0]} {show(report)}" for report in reports)
-    return f"- {WORDS[part]}: {told}."
+def listed(numbers: Iterable[int]) -> str:
+    return ", ".join(f"{number}" for number in numbers)
 
 
-WORDS = {
-    "corrupt": "mismatches told (of them hidden by the server), invented",
-    "stored": "digests of what was read back after an upload, requests right",
-    "reads": "digests of what was read for an answer, requests right",
-}
-
-
-def mismatches(report: Report) -> str:
-    found = report["mismatches"]
-    return f"{found['told']} of {found['declared_wrong']} ({found['hidden_told']} of {found['hidden']}), {len(found['invented_ids'])}"
-
-
-def verified(report: Report) -> str:
-    found = report["scores"]["verified"]
-    right = found["requests_right"]
-    return f"{right:,} of {sum(found['true'].values()):,}, {found['recorded'].get('mismatch', 0)} mismatch"
+def servers_of(reports: Sequence[Report]) -> str:
+    return ", ".join(report["name"].rpartition("-")[0] for report in reports)
 
 
 def replaced(text: str, block: str) -> str:
