@@ -29,7 +29,7 @@ MOST_NS = {"time": 5_000_000, "value": 5_000_000}
 #: For how long there must be enough before probes go on again: some calls, or some whole uploads.
 AHEAD_NS = {"time": 30_000_000, "value": 1_000_000_000}
 #: How soon the accounts are looked at after probes went on; and while they are, at most how late, where they are hit and where not.
-SOON_NS, BUSY_NS, LATE_NS = 10_000_000, 20_000_000, 100_000_000
+SOON_NS, BUSY_NS, LATE_NS = 10_000_000, 50_000_000, 200_000_000
 #: How often a process is looked at that has none on.
 PAUSE_NS = 250_000_000
 #: A hit amid a server's work costs more than one of many in a row: what it needs is not in the caches, and what it pushes out of

@@ -239,7 +239,7 @@ def test_full_disk_under_the_records(start_agent: StartAgent, base: Path) -> Non
     port = free_port()
     disk = base / "disk"
     disk.mkdir()
-    prefix = (*PRIVATE_MOUNTS, f'mount -t tmpfs -o size=64k none {disk} && exec "$@"', "sh")
+    prefix = (*PRIVATE_MOUNTS, f'mount -t tmpfs -o size=96k none {disk} && exec "$@"', "sh")
     with Service(port, base):
         agent = start_agent("--port", str(port), "--records", str(disk / "r.jsonl"), records=None, prefix=prefix)
         inside = Path(f"/proc/{agent.pid}/root{disk}/r.jsonl")
